@@ -50,13 +50,15 @@ class NonFiniteError(VoxtralDistError):
     exit_code = ExitCode.NON_FINITE
 
 
-def run_main(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None], speak: bool = True) -> None:
     """Run ``main`` and leave the process: an error of ours becomes one line on stderr and its exit code.
 
-    Any other exception keeps its traceback and ends the process with exit code 1.
+    Any other exception keeps its traceback and ends the process with exit code 1. Errors of ours are the same on every
+    rank, so only one of them needs to ``speak``.
     """
     try:
         main()
     except VoxtralDistError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if speak:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(int(error.exit_code))

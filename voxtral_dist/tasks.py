@@ -24,7 +24,21 @@ PROMPT_TEMPLATE = "voxtral-prompt/1"
 """Version of the prompts below. Changing a prompt must change it: cached token lengths are keyed by it."""
 
 ROW_FIELDS = frozenset(
-    "id task audio_path transcript language question answer instruction input output domain speaker meta".split()
+    [
+        "id",
+        "task",
+        "audio_path",
+        "transcript",
+        "language",
+        "question",
+        "answer",
+        "instruction",
+        "input",
+        "output",
+        "domain",
+        "speaker",
+        "meta",
+    ]
 )
 """Every field a JSONL row may have. ``meta`` is kept untouched and never read."""
 
@@ -130,7 +144,9 @@ def detect_task(row: Row, where: str) -> Task:
     if not fits:
         raise UserError(f"{where}: keys ({keys}) fit no task; see the data formats in README.md")
     names = " and ".join(task.name for task in fits)
-    raise UserError(f"{where}: keys ({keys}) fit {names}; add a 'task' field or name the file's task with --tasks")
+    raise UserError(
+        f"{where}: keys ({keys}) fit {names}; add a 'task' field or name the file's task with --tasks"
+    )
 
 
 def parse_row(row: Row, where: str, default_id: str, task_name: str | None = None) -> Sample:
@@ -168,12 +184,16 @@ def parse_row(row: Row, where: str, default_id: str, task_name: str | None = Non
 
 def _text(row: Row, field: str, task: Task, where: str) -> str:
     if field not in row:
-        raise UserError(f"{where}: task {task.name} needs the field {field!r}; the row has {', '.join(sorted(row))}")
+        raise UserError(
+            f"{where}: task {task.name} needs the field {field!r}; the row has {', '.join(sorted(row))}"
+        )
     value = row[field]
     if not isinstance(value, str):
         raise UserError(f"{where}: field {field!r} is {type(value).__name__}, it must be a string")
     if not value.strip():
-        raise UserError(f"{where}: field {field!r} is empty; there is nothing to learn or score, remove the row")
+        raise UserError(
+            f"{where}: field {field!r} is empty; there is nothing to learn or score, remove the row"
+        )
     return value
 
 
@@ -200,11 +220,15 @@ def _references(task: Task, row: Row, where: str) -> tuple[str, ...]:
 def _language(row: Row, where: str) -> str:
     language = row.get("language") or ""
     if language and not (isinstance(language, str) and re.fullmatch(r"[A-Za-z]{2}", language)):
-        raise UserError(f"{where}: language {language!r} is not a two-letter ISO 639-1 code such as 'ko' or 'en'")
+        raise UserError(
+            f"{where}: language {language!r} is not a two-letter ISO 639-1 code such as 'ko' or 'en'"
+        )
     return str(language).lower()
 
 
-def prompt_ids(sample: Sample, vocabulary: Vocabulary, audio_tokens: int, spoken_question: bool = False) -> list[int]:
+def prompt_ids(
+    sample: Sample, vocabulary: Vocabulary, audio_tokens: int, spoken_question: bool = False
+) -> list[int]:
     """Token ids of everything before the target.
 
     Args:
@@ -221,7 +245,9 @@ def prompt_ids(sample: Sample, vocabulary: Vocabulary, audio_tokens: int, spoken
         ids += vocabulary.encode(sample.prompt)
     ids.append(special("[/INST]"))
     if task.transcribe:
-        ids += (vocabulary.encode(f"lang:{sample.language}") if sample.language else []) + [special("[TRANSCRIBE]")]
+        ids += (vocabulary.encode(f"lang:{sample.language}") if sample.language else []) + [
+            special("[TRANSCRIBE]")
+        ]
     return ids
 
 
@@ -239,5 +265,7 @@ def parse_task_list(names: Sequence[str], files: Sequence[str], flag: str) -> li
     if not names:
         return [None] * len(files)
     if len(names) != len(files):
-        raise UserError(f"--tasks names {len(names)} tasks for {len(files)} files in {flag}; give one per file")
+        raise UserError(
+            f"--tasks names {len(names)} tasks for {len(files)} files in {flag}; give one per file"
+        )
     return [get_task(name, "--tasks").name for name in names]

@@ -1,0 +1,38 @@
+"""Train one Voxtral on several tasks at once.
+
+    bash launch/train.sh --model_id mistralai/Voxtral-Mini-3B-2507 --train_shards asr,sqa,tqa --output_dir runs/one
+    deepspeed|torchrun|srun|python launch/train.py FLAGS          the same flags under any launcher; --help lists them
+
+The same command after a stop goes on where the run was.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from voxtral_dist import config as settings
+from voxtral_dist import distributed, run_dir
+from voxtral_dist.config import TrainConfig
+from voxtral_dist.distributed import World
+from voxtral_dist.errors import run_main
+from voxtral_dist.logger import setup_logging
+
+
+def main() -> None:
+    """Train; rank 0 speaks, and leaves the outcome in exit_status.json."""
+    world = distributed.read_world()
+    run_main(lambda: run(world), speak=world.is_main)
+
+
+def run(world: World) -> None:
+    """Read the flags and train as one of ``world.world_size`` ranks."""
+    config = settings.parse(TrainConfig, sys.argv[1:], "train.py")
+    setup_logging(world.rank)
+    with run_dir.exit_status(config.output_dir, active=world.is_main and not config.dry_run):
+        from voxtral_dist.training_run import train
+
+        train(config, world)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Fixtures shared by the tests: a tiny base model, packed demo data."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from harness import load_script
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's base model: 2-s chunks of 25 audio tokens."""
+    out = tmp_path_factory.mktemp("models") / "tiny"
+    load_script("tools/build_tiny_voxtral.py").build(out)
+    return out

@@ -1,0 +1,61 @@
+"""The micro-batch: what the collator hands to the model, as tensors with every index worked out beforehand.
+
+B rows, L positions, C audio chunks, P label positions. Rows are padded on the right, so the causal mask alone
+keeps padding out and no attention mask is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class MicroBatch:
+    """Tensors of one forward pass, and what it holds.
+
+    Attributes:
+        input_ids: int64 [B, L], padded on the right.
+        audio: float32 [C, mel bins, frames] log-mel chunks in row order, or None without audio.
+        audio_index: int64 [C x tokens per chunk], flat positions (row * L + column) of the ``[AUDIO]`` slots.
+        label_index: int64 [P], flat positions whose hidden state predicts a label: one left of the label.
+        labels: int64 [P], the token to predict there.
+        label_task: int64 [P], index of the label's task.
+        label_weight: float32 [P], the label's weight in the loss sum.
+        first_draw: index of its first draw in the whole run, the seed of its dropout.
+        keys: names of its samples, for messages.
+        samples: number of examples.
+        tokens: number of positions that are not padding.
+        audio_seconds: seconds of audio, without padding.
+        bad_samples: names of samples that could not be read; their labels weigh nothing.
+    """
+
+    input_ids: torch.Tensor
+    audio: torch.Tensor | None
+    audio_index: torch.Tensor
+    label_index: torch.Tensor
+    labels: torch.Tensor
+    label_task: torch.Tensor
+    label_weight: torch.Tensor
+    first_draw: int
+    keys: list[str]
+    samples: int
+    tokens: int
+    audio_seconds: float
+    bad_samples: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def positions(self) -> int:
+        """Number of positions with padding, B x L."""
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch with its tensors on ``device``."""
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), torch.Tensor)
+        }
+        return dataclasses.replace(self, **moved)

@@ -1,0 +1,221 @@
+"""Checkpoints: adapter, optimizer state by parameter name and trainer state, published whole or not at all.
+
+    checkpoints/step-00000100/adapter/            peft format, loadable by anyone
+                              optimizer.safetensors
+                              trainer_state.json  step, draws consumed, segments of the plan, best score
+                              manifest.json       size and SHA-256 of every file, written last
+
+A checkpoint is written into a directory of another name, flushed, and renamed; one without a manifest, or with a file
+that does not match it, does not exist for the reader. Nothing depends on the number of ranks, nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from voxtral_dist import adapter, distributed, optimizer_state
+from voxtral_dist.atomic import write_bytes, write_json
+from voxtral_dist.engine import TrainEngine
+from voxtral_dist.errors import NoCheckpointError, UserError, VoxtralDistError
+
+MANIFEST = "manifest.json"
+STATE = "trainer_state.json"
+OPTIMIZER = "optimizer.safetensors"
+ADAPTER = "adapter"
+
+log = logging.getLogger(__name__)
+
+
+def step_dir(run_dir: Path, step: int) -> Path:
+    """Directory of the checkpoint of a step."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step a checkpoint directory is of."""
+    return int(path.name.removeprefix("step-"))
+
+
+def published(run_dir: Path) -> list[Path]:
+    """All published checkpoint directories, oldest first, damaged ones among them."""
+    found = (run_dir / "checkpoints").glob("step-" + "[0-9]" * 8)
+    return sorted(path for path in found if path.is_dir())
+
+
+def save(run_dir: Path, step: int, engine: TrainEngine, state: dict[str, Any]) -> Path:
+    """Write and publish the checkpoint of a step. Collective.
+
+    Args:
+        run_dir: the run directory.
+        step: optimizer steps done.
+        engine: of the run.
+        state: JSON-able trainer state.
+
+    Raises:
+        VoxtralDistError: writing failed; on all ranks alike, and nothing is left behind.
+    """
+    tensors, adam_step = optimizer_state.gather(engine)
+    target = step_dir(run_dir, step)
+
+    def write() -> None:
+        if verify(target) is not None:
+            _write(target, engine, tensors, state | {"step": step, "adam_step": adam_step})
+        write_bytes(run_dir / "latest", f"{target.name}\n".encode())
+
+    _on_main(write, f"checkpoint of step {step}")
+    return target
+
+
+def _on_main(work: Callable[[], None], what: str) -> None:
+    """Do ``work`` on rank 0; every rank learns whether it failed."""
+    failure = None
+    if distributed.rank() == 0:
+        try:
+            work()
+        except (OSError, SafetensorError) as error:
+            failure = (
+                f"{what} could not be written: {error}; free space or mend the directory, then start again"
+            )
+    failure = distributed.broadcast_json(failure)
+    if failure:
+        raise VoxtralDistError(failure)
+
+
+def _write(target: Path, engine: TrainEngine, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for old in target.parent.glob("*.tmp-*"):
+        shutil.rmtree(old, ignore_errors=True)
+    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir()
+        adapter.save(engine.model.model, temporary / ADAPTER)
+        save_file(tensors, temporary / OPTIMIZER)
+        write_json(temporary / STATE, state)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        for path in files:
+            _flush(path)
+        entries = {
+            str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files
+        }
+        write_json(
+            temporary / MANIFEST,
+            {"schema": "voxtral-dist/checkpoint/1", "step": state["step"], "files": entries},
+        )
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(temporary, target)
+        _flush(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint directory, None when it is whole."""
+    try:
+        files = json.loads((path / MANIFEST).read_text("utf-8"))["files"]
+        for name, entry in files.items():
+            if (path / name).stat().st_size != entry["bytes"]:
+                return f"{name} has {(path / name).stat().st_size} bytes instead of {entry['bytes']}"
+            if _sha256(path / name) != entry["sha256"]:
+                return f"{name} does not have the SHA-256 of the manifest"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"the manifest or a file of it cannot be read ({type(error).__name__}: {error})"
+    return None
+
+
+def newest_whole(run_dir: Path) -> Path | None:
+    """The newest checkpoint that is whole, the same on every rank. Collective.
+
+    A damaged one is named in a warning and passed over. None when none was ever published.
+
+    Raises:
+        NoCheckpointError: checkpoints were published and all are damaged.
+    """
+    found: str | None = None
+    damaged = 0
+    if distributed.rank() == 0:
+        for path in reversed(published(run_dir)):
+            fault = verify(path)
+            if fault is None:
+                found = path.name
+                break
+            damaged += 1
+            log.warning("checkpoint %s is damaged and passed over: %s", path, fault)
+    found, damaged = distributed.broadcast_json([found, damaged])
+    if found is None and damaged:
+        raise NoCheckpointError(
+            f"{run_dir}: all {damaged} checkpoints are damaged; restore one, or start again in a new --output_dir"
+        )
+    return run_dir / "checkpoints" / found if found else None
+
+
+def load(path: Path, engine: TrainEngine) -> dict[str, Any]:
+    """Put a whole checkpoint into model and optimizer, and return its trainer state. Every rank calls it."""
+    state: dict[str, Any] = json.loads((path / STATE).read_text("utf-8"))
+    adapter.load_weights(engine.model.model, path / ADAPTER)
+    optimizer_state.restore(engine, load_file(path / OPTIMIZER), state["adam_step"])
+    return state
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints and the best one; for rank 0."""
+    best = pointer(run_dir, "best")
+    for path in published(run_dir)[:-keep]:
+        if path != best:
+            (path / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def pointer(run_dir: Path, name: str) -> Path | None:
+    """The checkpoint that ``best`` or ``latest`` names, None when there is none."""
+    try:
+        target = run_dir / "checkpoints" / (run_dir / name).read_text("utf-8").strip()
+    except OSError:
+        return None
+    return target if target.is_dir() else None
+
+
+def find_adapter(lora_dir: Path) -> Path:
+    """The adapter folder that ``--lora_dir`` means: of a run (best, else latest), a checkpoint, or itself.
+
+    Raises:
+        UserError: none of these is there, or the checkpoint is damaged.
+    """
+    checkpoint = pointer(lora_dir, "best") or pointer(lora_dir, "latest") or lora_dir
+    if (checkpoint / MANIFEST).is_file():
+        fault = verify(checkpoint)
+        if fault:
+            raise UserError(f"--lora_dir {lora_dir}: checkpoint {checkpoint.name} is damaged: {fault}")
+        return checkpoint / ADAPTER
+    if (checkpoint / "adapter_config.json").is_file():
+        return checkpoint
+    raise UserError(
+        f"--lora_dir {lora_dir}: neither a run directory with a checkpoint, nor a checkpoint, nor an adapter"
+    )

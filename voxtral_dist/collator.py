@@ -1,0 +1,103 @@
+"""From examples to a micro-batch: prompt and target ids in padded rows, the labels and audio slots as flat indices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from voxtral_dist.audio import SAMPLE_RATE, AudioSpec
+from voxtral_dist.batch import MicroBatch
+from voxtral_dist.sample import Sample
+from voxtral_dist.tasks import prompt_ids, target_ids
+from voxtral_dist.tokenizer import TekkenVocabulary
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sample that has been read.
+
+    Attributes:
+        sample: its words.
+        mel: float32 [chunks, mel bins, frames], None for a text task.
+        n_samples: samples of its audio at 16 kHz.
+        task: index of its task among the run's tasks.
+        weight: what each of its labels weighs in the loss sum.
+        key: name in its shard, for messages.
+        error: why its audio could not be read; ``mel`` is then silence of the planned size and ``weight`` 0.
+    """
+
+    sample: Sample
+    mel: torch.Tensor | None
+    n_samples: int
+    task: int
+    weight: float
+    key: str
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes micro-batches and decoding prompts of one model.
+
+    Attributes:
+        vocabulary: the model's tokenizer.
+        spec: sizes of the model's audio input.
+        spoken_question: leave the written question of audio tasks out.
+    """
+
+    vocabulary: TekkenVocabulary
+    spec: AudioSpec
+    spoken_question: bool = False
+
+    def prompt(self, sample: Sample, n_samples: int) -> list[int]:
+        """Ids of everything before the target, for ``n_samples`` of audio."""
+        audio_tokens = int(self.spec.chunks(n_samples)) * self.spec.tokens_per_chunk
+        return prompt_ids(sample, self.vocabulary, audio_tokens, self.spoken_question)
+
+    def train_batch(self, examples: Sequence[Example], first_draw: int) -> MicroBatch:
+        """Rows of prompt, target and ``</s>``, padded on the right; labels on target and ``</s>`` alone."""
+        prompts = [self.prompt(example.sample, example.n_samples) for example in examples]
+        targets = [target_ids(example.sample.target, self.vocabulary) for example in examples]
+        input_ids = self.pad([p + t for p, t in zip(prompts, targets, strict=True)])
+        width = input_ids.shape[1]
+        label_index: list[int] = []
+        label_task: list[int] = []
+        label_weight: list[float] = []
+        for row, (example, prompt, target) in enumerate(zip(examples, prompts, targets, strict=True)):
+            start = row * width + len(prompt) - 1
+            label_index += range(start, start + len(target))
+            label_task += [example.task] * len(target)
+            label_weight += [example.weight] * len(target)
+        return MicroBatch(
+            input_ids=input_ids,
+            audio=self.stack_audio(examples),
+            audio_index=self.audio_slots(input_ids),
+            label_index=torch.tensor(label_index),
+            labels=torch.tensor([token for target in targets for token in target]),
+            label_task=torch.tensor(label_task),
+            label_weight=torch.tensor(label_weight),
+            first_draw=first_draw,
+            keys=[example.key for example in examples],
+            samples=len(examples),
+            tokens=sum(len(p) + len(t) for p, t in zip(prompts, targets, strict=True)),
+            audio_seconds=sum(example.n_samples for example in examples) / SAMPLE_RATE,
+            bad_samples=[f"{example.key}: {example.error}" for example in examples if example.error],
+        )
+
+    def pad(self, rows: Sequence[list[int]], left: bool = False) -> torch.Tensor:
+        """int64 [rows, longest], padded on the right, or on the left for decoding."""
+        width, pad = max(map(len, rows)), self.vocabulary.special("<pad>")
+        fill = [[pad] * (width - len(row)) for row in rows]
+        return torch.tensor([f + r if left else r + f for r, f in zip(rows, fill, strict=True)])
+
+    def audio_slots(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Flat positions of the ``[AUDIO]`` slots of ``input_ids``, in row order."""
+        return (input_ids.flatten() == self.vocabulary.special("[AUDIO]")).nonzero().flatten()
+
+    @staticmethod
+    def stack_audio(examples: Sequence[Example]) -> torch.Tensor | None:
+        """All chunks in row order, float32 [C, mel bins, frames]; None without audio."""
+        mels = [example.mel for example in examples if example.mel is not None]
+        return torch.cat(mels) if mels else None

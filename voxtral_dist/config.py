@@ -1,0 +1,279 @@
+"""Every setting, declared once: the same dataclasses give the flags, the YAML keys, ``--help`` and config.yaml.
+
+Order: defaults here, then ``--config FILE.yaml``, then flags. An unknown key or flag is an error.
+Booleans take the bare form (``--bf16``), a value (``--bf16 true``) and ``--no_bf16``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jsonargparse
+import yaml
+
+from voxtral_dist.errors import UserError
+
+CommaList = str | list[str]
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Settings that training and evaluation share.
+
+    Attributes:
+        model_id: a Voxtral folder or hub id, for example mistralai/Voxtral-Mini-3B-2507
+        output_dir: the run directory; everything that is written goes there
+        val_shards: packed dev sets, comma separated folders (each holds a manifest.json)
+        val_jsonl: dev sets as JSONL, comma separated; packed into the output directory first
+        tasks: task of each data file in order, comma separated (asr, sqa, tqa); empty: detected by the keys
+        sqa_question: 'written': the question follows the audio; 'spoken': the audio is the question
+        per_device_bsz: examples per rank and micro-batch (rows of one forward pass)
+        max_len: language-model positions an example may take, audio included
+        bf16: bfloat16 for the frozen model and the matrix products; default: yes on a GPU, no on a CPU
+        tf32: let fp32 matrix products use TF32 on CUDA
+        num_workers: threads per rank that read and decode examples
+        private_text: keep transcripts and answers out of TensorBoard and the console
+        seed: of the data order, the initial adapter and the dropout
+    """
+
+    model_id: str = ""
+    output_dir: str = ""
+    val_shards: CommaList = ""
+    val_jsonl: CommaList = ""
+    tasks: CommaList = ""
+    sqa_question: Literal["written", "spoken"] = "written"
+    per_device_bsz: int = 4
+    max_len: int = 2048
+    bf16: bool | None = None
+    tf32: bool = False
+    num_workers: int = 2
+    private_text: bool = False
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Check what does not need the data. Raises :class:`UserError` with one line."""
+        for name in ("per_device_bsz", "max_len", "num_workers"):
+            _at_least(self, name, 1)
+        if split_list(self.val_shards) and split_list(self.val_jsonl):
+            raise UserError(
+                "both --val_shards and --val_jsonl are given; the dev data would be ambiguous, give one"
+            )
+
+    def one_of(self, first: str, second: str) -> None:
+        """Raise :class:`UserError` unless exactly one of two data flags is given."""
+        given = [name for name in (first, second) if split_list(getattr(self, name))]
+        if len(given) != 1:
+            state = "both are given" if given else "neither is given"
+            raise UserError(f"--{first} and --{second}: {state}; give exactly one of them")
+
+
+@dataclasses.dataclass
+class TrainConfig(DataConfig):
+    """Settings of launch/train.py.
+
+    Attributes:
+        train_shards: packed training sets, comma separated folders (each holds a manifest.json)
+        train_jsonl: training sets as JSONL, comma separated; packed into the output directory first
+        grad_accum: micro-batches of per_device_bsz examples per rank and step, at the first start
+        global_batch_size: examples per optimizer step over all ranks; 0: per_device_bsz x grad_accum x ranks
+        epochs: one epoch is as many draws as there are training examples in all tasks together
+        max_steps: optimizer steps; 0: as --epochs says
+        max_overlong_rate: share of training examples above --max_len that may be left out
+        max_tokens_per_micro_batch: padded positions of one forward pass; 0: per_device_bsz x max_len
+        task_weights: share of examples per task, '1.0,1.5,1.2' in the order asr,sqa,tqa or 'asr=1,tqa=2';
+            empty: in proportion to the number of examples
+        task_batch_sizes: at most k examples of a task in a micro-batch, 'asr=4,sqa=2,tqa=8'
+        loss_norm: what weighs equally in the loss: every target token, every example or every task of the step
+        label_smoothing: share of the target probability spread evenly over the vocabulary, in [0, 1)
+        learning_rate: peak learning rate
+        warmup_ratio: share of all steps in which the rate rises linearly, before it falls along a cosine to 0
+        weight_decay: AdamW weight decay on the trained parameters
+        max_grad_norm: clip the global gradient norm at this value; 0: no clipping
+        grad_ckpt: recompute the language model's layers in the backward pass (less memory, more time)
+        freeze_whisper: keep the audio encoder frozen; false trains all of it
+        lora_r: rank of the adapter
+        lora_alpha: scale of the adapter, the update is multiplied by alpha / r
+        lora_dropout: dropout on the adapter's input
+        lora_targets: where adapters sit: the language model's linears, the projector's, or both
+        eval_steps: decode the dev sets every so many steps, besides before and after training; 0: only those two
+        eval_max_new_tokens: most tokens a decoded answer may have
+        save_steps: write a checkpoint every so many steps, besides at evaluations and the end; 0: only those
+        save_total_limit: checkpoints kept besides the best one
+        max_skipped_steps: give up after so many steps in a row with a non-finite loss or gradient
+        resume: 'auto': go on from the newest checkpoint of the output directory; 'none': it must hold no run
+        ds_config: DeepSpeed JSON to use instead of the built-in ZeRO-2 settings (see ds_configs/)
+        dry_run: print the plan, ten decoded prompts with their label masks, balance and memory, and stop
+    """
+
+    train_shards: CommaList = ""
+    train_jsonl: CommaList = ""
+    grad_accum: int = 1
+    global_batch_size: int = 0
+    epochs: float = 1.0
+    max_steps: int = 0
+    max_overlong_rate: float = 0.01
+    max_tokens_per_micro_batch: int = 0
+    task_weights: str = ""
+    task_batch_sizes: str = ""
+    loss_norm: Literal["tokens", "examples", "tasks"] = "tokens"
+    label_smoothing: float = 0.0
+    learning_rate: float = 1e-4
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    grad_ckpt: bool = False
+    freeze_whisper: bool = True
+    lora_r: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.05
+    lora_targets: Literal["language_model", "projector", "both"] = "both"
+    eval_steps: int = 0
+    eval_max_new_tokens: int = 256
+    save_steps: int = 0
+    save_total_limit: int = 3
+    max_skipped_steps: int = 20
+    resume: Literal["auto", "none"] = "auto"
+    ds_config: str = ""
+    dry_run: bool = False
+
+    def validate(self) -> None:
+        super().validate()
+        for name in ("model_id", "output_dir"):
+            _required(self, name)
+        self.one_of("train_shards", "train_jsonl")
+        for name, least in (
+            ("grad_accum", 1),
+            ("lora_r", 1),
+            ("eval_max_new_tokens", 1),
+            ("save_total_limit", 1),
+        ):
+            _at_least(self, name, least)
+        for name in (
+            "global_batch_size",
+            "max_steps",
+            "max_tokens_per_micro_batch",
+            "eval_steps",
+            "save_steps",
+        ):
+            _at_least(self, name, 0)
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "lora_alpha"):
+            _at_least(self, name, 0.0)
+        for name in ("label_smoothing", "warmup_ratio", "lora_dropout", "max_overlong_rate"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UserError(f"--{name} {getattr(self, name)} is not in [0, 1)")
+        if self.max_steps == 0 and not (math.isfinite(self.epochs) and self.epochs > 0):
+            raise UserError(
+                f"--epochs {self.epochs} leaves nothing to train; give a positive number or --max_steps"
+            )
+
+
+@dataclasses.dataclass
+class EvalConfig(DataConfig):
+    """Settings of launch/evaluate.py.
+
+    Attributes:
+        lora_dir: a run directory (its best checkpoint, else the latest), a checkpoint or an adapter folder;
+            empty: the base model
+        gen_max_new_tokens: most tokens a decoded answer may have
+        audio_probe: decode once more with the audio swapped between rows and report how far the scores fall
+    """
+
+    lora_dir: str = ""
+    gen_max_new_tokens: int = 256
+    audio_probe: bool = False
+
+    def validate(self) -> None:
+        super().validate()
+        _at_least(self, "gen_max_new_tokens", 1)
+        self.one_of("val_shards", "val_jsonl")
+
+
+ConfigT = TypeVar("ConfigT", bound=DataConfig)
+
+
+def _required(config: DataConfig, name: str) -> None:
+    if not getattr(config, name):
+        raise UserError(f"--{name} is missing; there is no default for it")
+
+
+def _at_least(config: DataConfig, name: str, least: float) -> None:
+    value = getattr(config, name)
+    if not (math.isfinite(value) and value >= least):
+        raise UserError(f"--{name} {value} is not a number of at least {least}")
+
+
+def split_list(value: CommaList) -> list[str]:
+    """Items of a comma separated flag or a YAML list, without blanks."""
+    items = value.split(",") if isinstance(value, str) else value
+    return [item.strip() for item in items if item.strip()]
+
+
+def parse(config_class: type[ConfigT], argv: Sequence[str], prog: str) -> ConfigT:
+    """Read flags and ``--config`` into a validated config.
+
+    Raises:
+        UserError: unknown flag or key, wrong type or value, missing file.
+    """
+    parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with the same names as the flags")
+    parser.add_class_arguments(config_class, as_group=False)
+    try:
+        namespace = parser.parse_args(_plain_booleans(config_class, argv))
+    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
+        raise UserError(f"{prog}: {_first_line(str(error))}; see --help for the flags") from error
+    names = [field.name for field in dataclasses.fields(config_class)]
+    config = config_class(**{name: namespace[name] for name in names})
+    config.validate()
+    return config
+
+
+def _plain_booleans(config_class: type[DataConfig], argv: Sequence[str]) -> list[str]:
+    """Rewrite ``--flag``, ``--flag true`` and ``--no_flag``; drop the launcher's ``--local_rank``."""
+    hints = typing.get_type_hints(config_class)
+    flags = {f"--{name}" for name, hint in hints.items() if hint is bool or bool in typing.get_args(hint)}
+    words, out = list(argv), []
+    while words:
+        word = words.pop(0)
+        if word == "--local_rank" and words:
+            words.pop(0)
+        elif word.startswith("--local_rank="):
+            continue
+        elif word.startswith("--no_") and f"--{word[5:]}" in flags:
+            out.append(f"--{word[5:]}=false")
+        elif word in flags:
+            has_value = words and words[0].lower() in ("true", "false")
+            out.append(f"{word}={words.pop(0).lower() if has_value else 'true'}")
+        else:
+            out.append(word)
+    return out
+
+
+def _first_line(message: str) -> str:
+    return " ".join(line.strip() for line in message.splitlines() if line.strip())[:400]
+
+
+def to_dict(config: DataConfig) -> dict[str, Any]:
+    """Plain values, as config.yaml holds them."""
+    return dataclasses.asdict(config)
+
+
+def dump_yaml(config: DataConfig) -> str:
+    """The text of config.yaml; ``--config`` reads it back."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises :class:`UserError` when it is none."""
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no settings; expected lines of 'name: value'")
+    return values

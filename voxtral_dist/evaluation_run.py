@@ -1,0 +1,79 @@
+"""One evaluation from its settings: pack, decode, score, write, and probe whether the audio was heard."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from voxtral_dist import adapter, checkpoint, distributed, evaluator, prepare, report
+from voxtral_dist.atomic import write_json
+from voxtral_dist.config import EvalConfig, load_yaml
+from voxtral_dist.data import EvalData, open_tasks
+from voxtral_dist.distributed import World
+from voxtral_dist.errors import UserError
+from voxtral_dist.tasks import TASKS
+
+
+def with_run_settings(config: EvalConfig) -> EvalConfig:
+    """Fill ``model_id`` and ``output_dir`` from the run that ``lora_dir`` names, where the flags leave them out.
+
+    Raises:
+        UserError: they are neither given nor to be found.
+    """
+    lora_dir = Path(config.lora_dir)
+    model_id, output_dir = config.model_id, config.output_dir
+    if config.lora_dir and (lora_dir / "config.yaml").is_file():
+        model_id = model_id or str(load_yaml(lora_dir / "config.yaml").get("model_id", ""))
+        output_dir = output_dir or str(lora_dir / "evaluations" / "latest")
+    for name, value in (("model_id", model_id), ("output_dir", output_dir)):
+        if not value:
+            raise UserError(f"--{name} is missing; without it --lora_dir must be a run directory")
+    return replace(config, model_id=model_id, output_dir=output_dir)
+
+
+def evaluate(config: EvalConfig, world: World) -> None:
+    """Evaluate an adapter, or the base model without one. Every rank calls it.
+
+    Raises:
+        UserError: the model, the adapter or the data are not what the flags say.
+    """
+    out = Path(config.output_dir)
+    folder = checkpoint.find_adapter(Path(config.lora_dir)) if config.lora_dir else None
+    collator = prepare.open_collator(config)
+    folders = prepare.data_folders(config, config.val_shards, config.val_jsonl, "dev", world)
+    tasks = open_tasks(folders, collator, (world.rank, world.world_size))
+    data = EvalData(tasks, collator, config.max_len)
+    device = distributed.local_device(world)
+    distributed.start(device)
+    try:
+        model = prepare.load_base(config, device)
+        if folder:
+            model = adapter.load(model, folder).to(device)
+        _evaluate_and_write(config, model, data, out, str(folder) if folder else None)
+    finally:
+        distributed.stop()
+
+
+def _evaluate_and_write(
+    config: EvalConfig, model: Any, data: EvalData, out: Path, adapter_path: str | None
+) -> None:
+    how = evaluator.EvalSettings(config.per_device_bsz, config.gen_max_new_tokens, config.num_workers)
+    provenance = {
+        "model_id": config.model_id,
+        "adapter": adapter_path,
+        "max_new_tokens": config.gen_max_new_tokens,
+    }
+    result = evaluator.evaluate(model, data, how, provenance)
+    swapped = evaluator.evaluate(model, data, replace(how, swap_audio=True)) if config.audio_probe else None
+    if result is None:
+        return
+    evaluator.write(out, result)
+    print(report.score_table(result.metrics))
+    if not config.private_text:
+        print(f"\n{report.previews(result.predictions, evaluator.PREVIEWS_PER_TASK)}")
+    if swapped is not None:
+        audio_tasks = [task.name for task in data.tasks if TASKS[task.name].has_audio]
+        write_json(out / "audio_probe.json", swapped.metrics, private=True)
+        print(f"\n{report.probe_table(result.metrics, swapped.metrics, audio_tasks)}")
+    print(f"\nwritten: {out}/metrics.json, predictions.jsonl, timing.jsonl", flush=True)

@@ -1,0 +1,203 @@
+"""Voxtral for training and decoding: loading, and the forward pass that computes only what the loss needs.
+
+A forward pass of ours differs from the stock one in four ways. The frozen audio encoder runs in eval mode without a
+graph, always on full chunks. Audio embeddings go to precomputed positions. The head runs on label positions alone.
+The loss is a sum, per task, so that the step can be normalised over all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from voxtral_dist.batch import MicroBatch
+from voxtral_dist.errors import UserError
+from voxtral_dist.loss import head_nll
+
+
+def config_values(model_id: str) -> dict[str, Any]:
+    """The checked ``config.json`` of a folder or hub id.
+
+    Raises:
+        UserError: nothing there, another model type, or a config that asks to run code.
+    """
+    from transformers import PreTrainedConfig
+
+    try:
+        values: dict[str, Any] = PreTrainedConfig.get_config_dict(model_id)[0]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--model_id {model_id}: no readable config.json there; give a Voxtral folder or hub id"
+        ) from error
+    _check_config(model_id, values)
+    return values
+
+
+def read_config(model_id: str) -> Any:
+    """The ``VoxtralConfig`` of a folder or hub id; errors as :func:`config_values`."""
+    from transformers import VoxtralConfig
+
+    return VoxtralConfig.from_dict(config_values(model_id))
+
+
+def _check_config(model_id: str, values: Mapping[str, Any]) -> None:
+    kind = values.get("model_type")
+    if kind == "voxtral_realtime":
+        raise UserError(
+            f"--model_id {model_id} is a voxtral_realtime model: it is trained on word-aligned streams, which this "
+            "project does not make; use model type voxtral, for example mistralai/Voxtral-Mini-3B-2507"
+        )
+    if kind != "voxtral":
+        raise UserError(
+            f"--model_id {model_id} has model type {kind!r}, not 'voxtral'; "
+            "use for example mistralai/Voxtral-Mini-3B-2507"
+        )
+    hostile = [key for key in ("auto_map", "_attn_implementation_internal") if key in values]
+    if hostile:
+        raise UserError(
+            f"--model_id {model_id}: config.json has {hostile[0]!r}, which may run foreign code; remove the key"
+        )
+
+
+def load(model_id: str, dtype: torch.dtype) -> Any:
+    """Load the weights as a frozen ``VoxtralForConditionalGeneration`` in eval mode.
+
+    ``embed_positions`` of the encoder stays float32, as the released model wants.
+
+    Raises:
+        UserError: not a Voxtral model, or its weights do not fit its config.
+    """
+    from transformers import VoxtralForConditionalGeneration
+
+    read_config(model_id)
+    try:
+        model, info = VoxtralForConditionalGeneration.from_pretrained(
+            model_id, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--model_id {model_id}: the weights cannot be loaded: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"--model_id {model_id}: {len(missing)} weights are missing from its files, the first is {missing[0]}"
+        )
+    return model.requires_grad_(False).eval()
+
+
+class ForwardResult(NamedTuple):
+    """Sums of one micro-batch.
+
+    Attributes:
+        loss: scalar, weighted sum of the label positions' losses; what is differentiated.
+        task_nll: float32 [tasks], unweighted sum of the losses of each task's labels that count.
+        task_tokens: float32 [tasks], number of those labels.
+    """
+
+    loss: torch.Tensor
+    task_nll: torch.Tensor
+    task_tokens: torch.Tensor
+
+
+class TrainingModel(torch.nn.Module):
+    """A Voxtral with its adapter, as the engine trains it.
+
+    Args:
+        model: ``VoxtralForConditionalGeneration``, or the ``PeftModel`` around it.
+        num_tasks: number of tasks the losses are summed by.
+        label_smoothing: in [0, 1).
+    """
+
+    def __init__(self, model: Any, num_tasks: int, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.model = model
+        self.num_tasks = num_tasks
+        self.label_smoothing = label_smoothing
+        self.encoder_trains = any(p.requires_grad for p in self.voxtral.model.audio_tower.parameters())
+
+    @property
+    def voxtral(self) -> Any:
+        """The ``VoxtralForConditionalGeneration`` inside."""
+        return unwrap(self.model)
+
+    def train(self, mode: bool = True) -> TrainingModel:
+        """Switch dropout on or off; the frozen encoder stays in eval mode."""
+        super().train(mode)
+        if not self.encoder_trains:
+            self.voxtral.model.audio_tower.eval()
+        return self
+
+    def forward(self, batch: MicroBatch) -> ForwardResult:
+        """Sums of losses of one micro-batch on the model's device."""
+        voxtral = self.voxtral
+        embeds = embed(
+            voxtral, batch.input_ids, batch.audio, batch.audio_index, encoder_trains=self.encoder_trains
+        )
+        hidden = voxtral.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        states = hidden.reshape(-1, hidden.shape[-1])[batch.label_index]
+        nll = head_nll(voxtral.lm_head, states, batch.labels, self.label_smoothing)
+        counts = (batch.label_weight > 0).float()
+        sums = torch.zeros(2, self.num_tasks, device=nll.device)
+        sums[0].index_add_(0, batch.label_task, nll.detach() * counts)
+        sums[1].index_add_(0, batch.label_task, counts)
+        return ForwardResult((nll * batch.label_weight).sum(), sums[0], sums[1])
+
+
+def unwrap(model: Any) -> Any:
+    """The ``VoxtralForConditionalGeneration`` below a ``PeftModel``, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def embed(
+    voxtral: Any,
+    input_ids: torch.Tensor,
+    audio: torch.Tensor | None,
+    audio_index: torch.Tensor,
+    *,
+    encoder_trains: bool = False,
+) -> torch.Tensor:
+    """Input embeddings with the audio put in its slots.
+
+    Args:
+        voxtral: ``VoxtralForConditionalGeneration``.
+        input_ids: int64 [B, L].
+        audio: float32 [C, mel bins, frames], or None.
+        audio_index: int64 [C x tokens per chunk], flat positions of the slots.
+        encoder_trains: keep the encoder's graph.
+
+    Returns:
+        [B, L, hidden size].
+
+    Raises:
+        ValueError: the number of slots is not that of the audio embeddings; the audio would be misplaced.
+    """
+    embeds = voxtral.get_input_embeddings()(input_ids)
+    if audio is None:
+        return embeds
+    projected = encode_audio(voxtral, audio, encoder_trains=encoder_trains).to(embeds.dtype)
+    if len(projected) != len(audio_index):
+        raise ValueError(f"{len(audio_index)} [AUDIO] slots for {len(projected)} audio embeddings")
+    return embeds.reshape(-1, embeds.shape[-1]).index_copy(0, audio_index, projected).view_as(embeds)
+
+
+def encode_audio(voxtral: Any, audio: torch.Tensor, *, encoder_trains: bool = False) -> torch.Tensor:
+    """Audio embeddings [C x tokens per chunk, hidden size] of log-mel chunks [C, mel bins, frames]."""
+    core = voxtral.model
+    with nullcontext() if encoder_trains else torch.no_grad():
+        states = core.audio_tower(audio).last_hidden_state
+    return core.multi_modal_projector(states.reshape(-1, voxtral.config.audio_config.intermediate_size))
+
+
+def checkpoint_layers(voxtral: Any) -> None:
+    """Recompute the language model's decoder layers in the backward pass.
+
+    Set on the layers themselves: the stock switch also hooks the frozen encoder's input, which would then be recomputed
+    and back-propagated.
+    """
+    for layer in voxtral.model.language_model.layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)

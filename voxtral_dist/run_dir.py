@@ -1,0 +1,155 @@
+"""The run directory: whose it is, what made it, how it ended.
+
+config.yaml  identity.json  environment.json  metrics.jsonl  tensorboard/  checkpoints/  best  latest
+eval/step-00000100/  shards/  exit_status.json
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from voxtral_dist.atomic import write_bytes, write_json
+from voxtral_dist.errors import ExitCode, UserError, VoxtralDistError
+
+IDENTITY = "identity.json"
+EXIT_STATUS = "exit_status.json"
+KNOWN = {
+    *[
+        "config.yaml",
+        "identity.json",
+        "environment.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "best",
+        "latest",
+        "eval",
+        "shards",
+    ],
+    *["exit_status.json", "report.html", "base_model", "demo", "launcher.log"],
+}
+"""What a run directory may hold; anything else means that it is the user's own."""
+
+
+def check_output_dir(run_dir: Path) -> None:
+    """Refuse to write into a directory that is no run of ours.
+
+    Raises:
+        UserError: it is a file, or holds something that no run writes.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--output_dir {run_dir} is a file; give a directory")
+    foreign = (
+        sorted(path.name for path in run_dir.glob("*") if path.name not in KNOWN) if run_dir.is_dir() else []
+    )
+    if foreign and not (run_dir / IDENTITY).exists():
+        raise UserError(
+            f"--output_dir {run_dir} is not a run directory: it holds {foreign[0]!r}; nothing was written, give a new one"
+        )
+
+
+def stored_identity(run_dir: Path) -> dict[str, Any] | None:
+    """The identity of the run that lives in a directory, None when there is none."""
+    try:
+        identity: dict[str, Any] = json.loads((run_dir / IDENTITY).read_text("utf-8"))
+    except OSError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{run_dir / IDENTITY} is damaged ({error}); give a new --output_dir") from error
+    return identity
+
+
+def check_identity(run_dir: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run whose data, model or settings are not those it was started with.
+
+    Raises:
+        UserError: names each field that differs, with both values.
+    """
+    stored = stored_identity(run_dir)
+    if stored is None:
+        return
+    current = json.loads(json.dumps(identity))
+    names = [name for name in {**stored, **current} if stored.get(name) != current.get(name)]
+    if names:
+        shown = "; ".join(
+            f"{name}: {_short(stored.get(name))} -> {_short(current.get(name))}" for name in names
+        )
+        raise UserError(
+            f"--output_dir {run_dir} holds another run, it would become a different model: {shown}. "
+            "Give a new --output_dir, or the settings of that run"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def begin(
+    run_dir: Path, config_yaml: str, identity: Mapping[str, Any], environment: Mapping[str, Any]
+) -> None:
+    """Record settings, identity and environment of a start; for rank 0."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_bytes(run_dir / "config.yaml", config_yaml.encode())
+    write_json(run_dir / IDENTITY, dict(identity))
+    write_json(run_dir / "environment.json", dict(environment))
+
+
+def environment(world_size: int, device: str) -> dict[str, Any]:
+    """Versions and machine of this start."""
+    packages = (
+        "voxtral-dist",
+        "torch",
+        "deepspeed",
+        "transformers",
+        "peft",
+        "mistral-common",
+        "numpy",
+        "soundfile",
+    )
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "world_size": world_size,
+        "device": device,
+    }
+
+
+@contextmanager
+def exit_status(output_dir: str, active: bool) -> Iterator[None]:
+    """Claim the run directory, and leave in ``exit_status.json`` how the block ended, since launchers change exit codes.
+
+    Args:
+        output_dir: the run directory.
+        active: whether this process writes; rank 0 does.
+
+    Raises:
+        UserError: the directory is not one of ours; it is left as it is.
+    """
+    run_dir = Path(output_dir)
+    check_output_dir(run_dir)
+    path = run_dir / EXIT_STATUS
+    if active:
+        path.unlink(missing_ok=True)
+    code, message = ExitCode.FAILURE, "unexpected error, see the log"
+    try:
+        yield
+        code, message = ExitCode.OK, "done"
+    except VoxtralDistError as error:
+        code, message = error.exit_code, str(error)
+        raise
+    finally:
+        if active and run_dir.is_dir():
+            write_json(path, {"exit_code": int(code), "message": message})

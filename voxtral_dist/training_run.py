@@ -1,0 +1,140 @@
+"""One training run from its settings: pack, plan, build, resume, fit, report. Every rank calls :func:`train`."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from voxtral_dist import checkpoint, distributed, dry_run, evaluator, model, prepare, report, run_dir
+from voxtral_dist import config as settings
+from voxtral_dist.config import TrainConfig
+from voxtral_dist.data import EvalData, TrainData, TrainSettings, open_tasks
+from voxtral_dist.distributed import World
+from voxtral_dist.engine import EngineSettings, TrainEngine
+from voxtral_dist.errors import UserError
+from voxtral_dist.logger import get_logger
+from voxtral_dist.monitor import Monitor, NullMonitor
+from voxtral_dist.trainer import Trainer, TrainState
+
+log = get_logger(__name__)
+
+
+def train(config: TrainConfig, world: World) -> None:
+    """Pack, plan, build, resume and fit.
+
+    Raises:
+        VoxtralDistError: with the exit code of what happened, see :class:`~voxtral_dist.errors.ExitCode`.
+    """
+    out, slice_ = Path(config.output_dir), (world.rank, world.world_size)
+    collator = prepare.open_collator(config)
+    train_folders = prepare.data_folders(config, config.train_shards, config.train_jsonl, "train", world)
+    dev_folders = prepare.data_folders(config, config.val_shards, config.val_jsonl, "dev", world)
+    stored = run_dir.stored_identity(out) or {}
+    data = TrainData(
+        open_tasks(train_folders, collator, slice_), collator, data_settings(config, world, stored)
+    )
+    dev = EvalData(open_tasks(dev_folders, collator, slice_), collator, config.max_len)
+    if world.is_main:
+        print("\n".join(dry_run.plan_lines(data, world.world_size)), flush=True)
+    if config.dry_run:
+        if world.is_main:
+            print_dry_run(config, data, world)
+        return
+    identity = data.identity() | prepare.model_identity(config)
+    run_dir.check_identity(out, identity)
+    if config.resume == "none" and stored:
+        raise UserError(
+            f"--resume none but --output_dir {out} holds a run; give a new directory or leave the flag out"
+        )
+
+    device = distributed.local_device(world)
+    distributed.start(device)
+    try:
+        if world.is_main:
+            run_dir.begin(
+                out, settings.dump_yaml(config), identity, run_dir.environment(world.world_size, str(device))
+            )
+        fit(config, data, dev, device)
+    finally:
+        distributed.stop()
+
+
+def data_settings(config: TrainConfig, world: World, stored: dict[str, Any]) -> TrainSettings:
+    """Settings of the training data; the examples per step are those of the run's first start."""
+    first = config.per_device_bsz * config.grad_accum * world.world_size
+    size = config.global_batch_size or int(stored.get("global_batch_size", first))
+    names = TrainSettings.__dataclass_fields__.keys() - {"global_batch_size"}
+    return TrainSettings(global_batch_size=size, **{name: getattr(config, name) for name in names})
+
+
+def print_dry_run(config: TrainConfig, data: TrainData, world: World) -> None:
+    """The rest of ``--dry_run``."""
+    bf16 = prepare.use_bf16(config, distributed.local_device(world))
+    lines = dry_run.size_lines(
+        config, model.read_config(config.model_id), data, world.world_size, 2 if bf16 else 4
+    )
+    print("\n".join([*lines, *dry_run.prompt_lines(data)]), flush=True)
+
+
+def fit(config: TrainConfig, data: TrainData, dev: EvalData, device: torch.device) -> None:
+    """Build model and engine, restore the newest checkpoint, and train to the end."""
+    out = Path(config.output_dir)
+    newest = checkpoint.newest_whole(out)
+    engine_settings = EngineSettings(
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=prepare.use_bf16(config, device),
+        loss_norm=config.loss_norm,
+        ds_config=config.ds_config,
+        seed=config.seed,
+    )
+    engine = TrainEngine(prepare.training_model(config, device, len(data.tasks)), engine_settings)
+    state = TrainState()
+    if newest:
+        saved = checkpoint.load(newest, engine)
+        state = TrainState(**{name: saved[name] for name in TrainState.__dataclass_fields__})
+    log.info("%s", f"going on from {newest}" if newest else f"starting at step 0, no checkpoint in {out}")
+    monitor = Monitor.create(out, distributed.rank(), config.private_text, state.step)
+    evaluate = partial(evaluate_step, config, engine.model.model, dev, monitor)
+    try:
+        Trainer(engine, data, config, monitor, evaluate, state).fit()
+    finally:
+        monitor.close()
+    finish(out, dev)
+
+
+def evaluate_step(
+    config: TrainConfig, voxtral: Any, dev: EvalData, monitor: NullMonitor, step: int
+) -> dict[str, Any] | None:
+    """Decode the dev data at a step, unless that was done before the last stop; the metrics on rank 0."""
+    folder = Path(config.output_dir) / "eval" / checkpoint.step_dir(Path(), step).name
+    if not len(dev) or distributed.broadcast_json((folder / "metrics.json").exists()):
+        return None
+    how = evaluator.EvalSettings(config.per_device_bsz, config.eval_max_new_tokens, config.num_workers)
+    result = evaluator.evaluate(voxtral, dev, how, {"model_id": config.model_id, "step": step})
+    if result is None:
+        return None
+    evaluator.write(folder, result)
+    previews = report.previews(result.predictions, evaluator.PREVIEWS_PER_TASK)
+    monitor.texts(step, "previews", previews)
+    scores = report.score_table(result.metrics)
+    log.info("evaluation at step %d\n%s", step, scores if config.private_text else f"{scores}\n\n{previews}")
+    return result.metrics
+
+
+def finish(out: Path, dev: EvalData) -> None:
+    """Print the scores before and after training, and where things are."""
+    if distributed.rank() != 0:
+        return
+    latest = checkpoint.pointer(out, "latest")
+    if len(dev) and latest:
+        before, after = (
+            json.loads((out / "eval" / n / "metrics.json").read_text())
+            for n in ("step-00000000", latest.name)
+        )
+        print(f"\n{report.comparison_table(before, after)}", flush=True)
+    print(f"\nfinished: adapter in {(checkpoint.pointer(out, 'best') or latest)}/adapter", flush=True)

@@ -60,14 +60,16 @@ def permute(ids: Int64, key: int) -> Int64:
 def split_draws(count: int, weights: Sequence[int]) -> list[int]:
     """How many of the first ``count`` draws belong to each task.
 
-    Integers that sum to ``count`` exactly and stay within 2 of ``count * w / sum(w)`` for ever (up to four tasks), by
-    telescoping floors as in google/grain's ``mix``. Never decreasing in ``count``, task by task.
+    The largest weight first, each task takes what rounding to the nearest integer leaves of the draws not yet given:
+    integers that sum to ``count`` exactly and never fall as it grows. For ever they stay within 1 of
+    ``count * w / sum(w)`` for up to three tasks, 1.25 for four, ``1 + ln(tasks) / 2`` for more: a rounding error of
+    1/2 per level shrinks by the share that is left. (Telescoping floors in the given order drift past 2.)
     """
-    left, total, out = count, sum(weights), []
-    for weight in weights:
-        rest = left * (total - weight) // total
-        out.append(left - rest)
-        left, total = rest, total - weight
+    left, total, out = count, sum(weights), [0] * len(weights)
+    for task in sorted(range(len(weights)), key=lambda task: -weights[task]):
+        rest = (2 * left * (total - weights[task]) + total) // (2 * total) if total > weights[task] else 0
+        out[task] = left - rest
+        left, total = rest, total - weights[task]
     return out
 
 

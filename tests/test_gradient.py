@@ -18,13 +18,15 @@ from voxtral_dist import adapter, optimizer_state
 from voxtral_dist import model as modeling
 from voxtral_dist.adapter import LoraSettings
 from voxtral_dist.audio import AudioSpec, log_mel
-from voxtral_dist.batch import MicroBatch
 from voxtral_dist.collator import Collator, Example
 from voxtral_dist.engine import EngineSettings, TrainEngine
 from voxtral_dist.sample import Sample
 from voxtral_dist.tokenizer import TekkenVocabulary
 
 SMOOTHING = 0.1
+Case = tuple[str, float, bool]
+"""Which examples each rank gets, the clipping norm (0: none), activation checkpointing."""
+
 LORA = LoraSettings(r=4, alpha=8.0, dropout=0.0, targets="both", freeze_whisper=True, seed=1)
 
 
@@ -92,26 +94,27 @@ def reference_gradient(model_dir: str, clip: float) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in params.items() if p.grad is not None}
 
 
-def zero2_gradient(
-    rank: int, model_dir: str, clip: float, split: str, out: str, checkpointing: bool
-) -> dict[str, Any]:
-    """One engine step; Adam's first moment after it is 0.1 x the (clipped) gradient."""
-    training, collator = build(model_dir)
-    if checkpointing:
-        modeling.checkpoint_layers(training.voxtral)
-    examples = make_examples(collator.spec)
-    groups = SPLITS[split][rank] if rank < len(SPLITS[split]) else []
-    batches: list[MicroBatch] = [
-        collator.train_batch([examples[i] for i in g], first_draw=g[0]) for g in groups
-    ]
-    engine = TrainEngine(training, EngineSettings(max_grad_norm=clip))
-    result = engine.train_step(batches, learning_rate=1e-3)
-    tensors, step = optimizer_state.gather(engine)
-    if rank == 0:
-        torch.save(
-            {k.removeprefix("exp_avg/"): v / 0.1 for k, v in tensors.items() if k.startswith("exp_avg/")}, out
-        )
-    return {"tokens": result.task_tokens, "norm": result.grad_norm, "applied": result.applied, "step": step}
+def zero2_gradients(rank: int, model_dir: str, cases: list[Case], out: str) -> list[dict[str, Any]]:
+    """One engine step per case; Adam's first moment after it is 0.1 x the (clipped) gradient."""
+    results = []
+    for split, clip, checkpointing in cases:
+        training, collator = build(model_dir)
+        if checkpointing:
+            modeling.checkpoint_layers(training.voxtral)
+        examples = make_examples(collator.spec)
+        batches = [
+            collator.train_batch([examples[i] for i in g], first_draw=g[0]) for g in SPLITS[split][rank]
+        ]
+        engine = TrainEngine(training, EngineSettings(max_grad_norm=clip))
+        result = engine.train_step(batches, learning_rate=1e-3)
+        tensors, step = optimizer_state.gather(engine)
+        gradient = {
+            k.removeprefix("exp_avg/"): v / 0.1 for k, v in tensors.items() if k.startswith("exp_avg/")
+        }
+        if rank == 0:
+            torch.save(gradient, f"{out}/{split} {clip}.pt")
+        results.append({"norm": result.grad_norm, "applied": result.applied, "step": step})
+    return results
 
 
 SPLITS = {
@@ -127,31 +130,37 @@ def relative_errors(got: dict[str, torch.Tensor], expected: dict[str, torch.Tens
     return {name: float((got[name] - g).norm() / g.norm()) for name, g in expected.items()}
 
 
-@pytest.mark.parametrize(
-    ("split", "clip", "checkpointing"),
-    [
-        ("text | audio", 0.0, False),
-        ("text | audio", 0.5, False),
-        ("three micro-batches | one", 0.0, True),
-        ("all | none", 0.0, False),
-        ("one process", 0.0, False),
-    ],
-)
-def test_step_equals_one_process_reference(
-    tiny_model: Path, tmp_path: Path, split: str, clip: float, checkpointing: bool
-) -> None:
-    expected = reference_gradient(str(tiny_model), clip)
-    out = str(tmp_path / "gradient.pt")
-    results = run_ranks(
-        zero2_gradient, max(1, len(SPLITS[split])), str(tiny_model), clip, split, out, checkpointing
-    )
-    assert results[0] == results[-1] and results[0]["applied"] and results[0]["step"] == 1
-    errors = relative_errors(torch.load(out, weights_only=True), expected)
-    worst = max(errors, key=lambda name: errors[name])
-    assert errors[worst] < 1e-5, f"{worst}: {errors[worst]:.2e}"
-    norm = float(torch.stack([g.norm() for g in expected.values()]).norm())
-    assert (
-        (norm == pytest.approx(0.5, rel=1e-4))
-        if clip
-        else (results[0]["norm"] == pytest.approx(norm, rel=1e-5))
-    )
+CASES: list[Case] = [
+    ("text | audio", 0.0, False),
+    ("text | audio", 0.5, False),
+    ("three micro-batches | one", 0.0, True),
+    ("all | none", 0.0, False),
+]
+
+
+@pytest.mark.parametrize("cases", [CASES, [("one process", 0.0, False)]], ids=["two ranks", "one rank"])
+def test_step_equals_one_process_reference(tiny_model: Path, tmp_path: Path, cases: list[Case]) -> None:
+    world_size = len(SPLITS[cases[0][0]])
+    ranks = run_ranks(zero2_gradients, world_size, str(tiny_model), cases, str(tmp_path))
+    for (split, clip, _), result, other in zip(cases, ranks[0], ranks[-1], strict=True):
+        assert result == other and result["applied"] and result["step"] == 1
+        expected = reference_gradient(str(tiny_model), clip)
+        errors = relative_errors(torch.load(tmp_path / f"{split} {clip}.pt", weights_only=True), expected)
+        worst = max(errors, key=lambda name: errors[name])
+        assert errors[worst] < 1e-5, f"{split}, clip {clip}: {worst} is off by {errors[worst]:.2e}"
+        norm = float(torch.stack([g.norm() for g in expected.values()]).norm())
+        assert (
+            norm == pytest.approx(0.5, rel=1e-4) if clip else result["norm"] == pytest.approx(norm, rel=1e-5)
+        )
+
+
+def test_the_test_would_notice(tiny_model: Path) -> None:
+    """The step at hand tells right from nearly right: clipped, mean-weighted and unshifted gradients are far off."""
+    expected = reference_gradient(str(tiny_model), 0.0)
+    clipped = reference_gradient(str(tiny_model), 0.5)
+    assert min(relative_errors(clipped, expected).values()) > 0.1
+    training, collator = build(str(tiny_model))
+    batches = [collator.train_batch([example], 0) for example in make_examples(collator.spec)]
+    sum(training(batch).loss / len(batch.labels) for batch in batches).backward()
+    mean = {name: p.grad / len(batches) for name, p in training.named_parameters() if p.grad is not None}
+    assert max(relative_errors(mean, expected).values()) > 0.1

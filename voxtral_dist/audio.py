@@ -1,4 +1,4 @@
-"""From samples to the encoder's input: the log-mel spectrogram of Whisper, in full chunks, computed only where it counts.
+"""From samples to the encoder's input: Whisper's log-mel spectrogram in full chunks, computed only where it counts.
 
 The released model was trained on audio padded with silence to whole chunks (30 s for the released models), and the
 encoder accepts nothing else. In the silence every mel bin is the same constant, so the transform runs over the voiced

@@ -166,11 +166,11 @@ class TrainData:
         for task in self.tasks:
             share = self.overlong[task.name] / max(1, len(task))
             if share > self.settings.max_overlong_rate or share == 1.0:
-                worst = int(task.positions.argmax())
+                shards, place = task.locate(int(task.positions.argmax()))
                 raise UserError(
-                    f"--max_len {self.settings.max_len}: {self.overlong[task.name]} of {len(task)} {task.name} examples are "
-                    f"longer (the longest, {task.locate(worst)[0].sample(task.locate(worst)[1]).source}, has "
-                    f"{task.positions[worst]} positions) and would be left out, more than --max_overlong_rate "
+                    f"--max_len {self.settings.max_len}: {self.overlong[task.name]} of {len(task)} {task.name} examples "
+                    f"are longer (the longest, {shards.sample(place).source}, has {task.positions.max()} positions) and "
+                    "would be left out, more than --max_overlong_rate "
                     f"{self.settings.max_overlong_rate} allows; raise one of the two"
                 )
 
@@ -290,8 +290,8 @@ class EvalData:
             if int(prompts.max(initial=0)) >= max_len:
                 shards, place = task.locate(int(prompts.argmax()))
                 raise UserError(
-                    f"--max_len {max_len}: the prompt of {shards.sample(place).source} has {prompts.max()} positions and leaves "
-                    "no room for an answer; an evaluation never leaves a row out, raise --max_len"
+                    f"--max_len {max_len}: the prompt of {shards.sample(place).source} has {prompts.max()} positions and "
+                    "leaves no room for an answer; an evaluation never leaves a row out, raise --max_len"
                 )
 
     def __len__(self) -> int:

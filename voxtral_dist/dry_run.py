@@ -112,10 +112,11 @@ def size_lines(
     flops = cost / min(20, data.plan.num_steps) / 1000 * 4 * _body_parameters(text)
     hours = flops * data.plan.num_steps / (ASSUMED_FLOPS * world_size) / 3600
     return [
-        f"memory per rank, estimated: {weights:.2f} GiB weights ({base:,} frozen), {states:.2f} GiB adapter and optimizer "
-        f"({adapter:,} trained), up to {activations:.2f} GiB activations at {data.caps.tokens:,} positions per micro-batch",
-        f"time, estimated: {flops / 1e12:.3g} TFLOP per step; {hours:.3g} h if each rank ran at {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s "
-        "(40% of an H100's bf16 peak)",
+        f"memory per rank, estimated: {weights:.2f} GiB weights ({base:,} frozen), {states:.2f} GiB adapter and "
+        f"optimizer ({adapter:,} trained), up to {activations:.2f} GiB activations at {data.caps.tokens:,} positions "
+        "per micro-batch",
+        f"time, estimated: {flops / 1e12:.3g} TFLOP per step; {hours:.3g} h if each rank ran at "
+        f"{ASSUMED_FLOPS / 1e12:.0f} TFLOP/s (40% of an H100's bf16 peak)",
     ]
 
 

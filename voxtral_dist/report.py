@@ -1,9 +1,18 @@
-"""What people read of an evaluation: the score table, the previews, the before-and-after table. Pure text."""
+"""What people read of an evaluation: the score table, the previews, the before-and-after table. Plain text.
+
+python -m voxtral_dist.report RUN/eval      prints the scores of a run's first and last evaluation
+"""
 
 from __future__ import annotations
 
+import json
+import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from voxtral_dist.errors import UserError, run_main
 
 HEADLINES = {"asr": ("cer", "wer"), "sqa": ("rouge_l_f1", "em", "bleu"), "tqa": ("rouge_l_f1", "em", "bleu")}
 """Metrics shown per task; the first one decides."""
@@ -94,3 +103,25 @@ def previews(records: Sequence[Mapping[str, Any]], per_task: int) -> str:
 def _cell(text: str) -> str:
     flat = " ".join(text.split()).replace("|", "/")
     return flat if len(flat) <= 48 else flat[:47] + "…"
+
+
+def first_and_last(eval_dir: Path) -> str:
+    """The before-and-after table of a run.
+
+    Args:
+        eval_dir: the run's ``eval`` directory.
+
+    Raises:
+        UserError: the run has fewer than two finished evaluations.
+    """
+    files = sorted(eval_dir.glob("step-*/metrics.json"))
+    if len(files) < 2:
+        raise UserError(
+            f"{eval_dir} holds {len(files)} evaluations; a comparison needs two, was --val_shards given?"
+        )
+    before, after = (json.loads(path.read_text("utf-8")) for path in (files[0], files[-1]))
+    return comparison_table(before, after)
+
+
+if __name__ == "__main__":
+    run_main(lambda: print(first_and_last(Path(sys.argv[1]))))

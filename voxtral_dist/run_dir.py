@@ -32,7 +32,7 @@ KNOWN = {
         "eval",
         "shards",
     ],
-    *["exit_status.json", "report.html", "base_model", "demo", "launcher.log"],
+    *["exit_status.json", "report.html", "base_model", "demo", "evaluations"],
 }
 """What a run directory may hold; anything else means that it is the user's own."""
 
@@ -50,7 +50,7 @@ def check_output_dir(run_dir: Path) -> None:
     )
     if foreign and not (run_dir / IDENTITY).exists():
         raise UserError(
-            f"--output_dir {run_dir} is not a run directory: it holds {foreign[0]!r}; nothing was written, give a new one"
+            f"--output_dir {run_dir} is not a run directory: it holds {foreign[0]!r}; give a new one"
         )
 
 
@@ -129,7 +129,7 @@ def environment(world_size: int, device: str) -> dict[str, Any]:
 
 @contextmanager
 def exit_status(output_dir: str, active: bool) -> Iterator[None]:
-    """Claim the run directory, and leave in ``exit_status.json`` how the block ended, since launchers change exit codes.
+    """Claim the run directory, and leave in ``exit_status.json`` how the block ended: launchers change exit codes.
 
     Args:
         output_dir: the run directory.

@@ -206,13 +206,13 @@ class Trainer:
             log.warning("step %d skipped on all ranks: its loss or gradient is not finite", state.step)
         if self._skipped_in_a_row >= self.config.max_skipped_steps:
             raise NonFiniteError(
-                f"{self._skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last is step {state.step}; "
-                "lower --learning_rate or look at the data of these steps"
+                f"{self._skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last is step "
+                f"{state.step}; lower --learning_rate or look at the data of these steps"
             )
         if state.bad_samples > max(BAD_SAMPLES_GRACE, MAX_BAD_SAMPLE_RATE * state.samples_seen):
             raise BadSamplesError(
-                f"{state.bad_samples} of {state.samples_seen} examples could not be read, more than {MAX_BAD_SAMPLE_RATE:.0%}; "
-                "the log names them, check the shards with tools/build_shards.py"
+                f"{state.bad_samples} of {state.samples_seen} examples could not be read, more than "
+                f"{MAX_BAD_SAMPLE_RATE:.0%}; the log names them, check the shards with tools/build_shards.py"
             )
 
     def _evaluate(self) -> None:

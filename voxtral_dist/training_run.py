@@ -84,6 +84,10 @@ def fit(config: TrainConfig, data: TrainData, dev: EvalData, device: torch.devic
     """Build model and engine, restore the newest checkpoint, and train to the end."""
     out = Path(config.output_dir)
     newest = checkpoint.newest_whole(out)
+    if newest and checkpoint.step_of(newest) == data.plan.num_steps and is_evaluated(out, newest.name, dev):
+        log.info("%s is finished: all %d steps are done and evaluated", out, data.plan.num_steps)
+        finish(out, dev)
+        return
     engine_settings = EngineSettings(
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
@@ -111,9 +115,10 @@ def evaluate_step(
     config: TrainConfig, voxtral: Any, dev: EvalData, monitor: NullMonitor, step: int
 ) -> dict[str, Any] | None:
     """Decode the dev data at a step, unless that was done before the last stop; the metrics on rank 0."""
-    folder = Path(config.output_dir) / "eval" / checkpoint.step_dir(Path(), step).name
-    if not len(dev) or distributed.broadcast_json((folder / "metrics.json").exists()):
+    name = checkpoint.step_dir(Path(), step).name
+    if is_evaluated(Path(config.output_dir), name, dev):
         return None
+    folder = Path(config.output_dir) / "eval" / name
     how = evaluator.EvalSettings(config.per_device_bsz, config.eval_max_new_tokens, config.num_workers)
     result = evaluator.evaluate(voxtral, dev, how, {"model_id": config.model_id, "step": step})
     if result is None:
@@ -126,15 +131,15 @@ def evaluate_step(
     return result.metrics
 
 
+def is_evaluated(out: Path, name: str, dev: EvalData) -> bool:
+    """Whether the evaluation of a step is on disk, or there is no dev data to do it on. Collective."""
+    return not len(dev) or bool(distributed.broadcast_json((out / "eval" / name / "metrics.json").exists()))
+
+
 def finish(out: Path, dev: EvalData) -> None:
-    """Print the scores before and after training, and where things are."""
-    if distributed.rank() != 0:
-        return
-    latest = checkpoint.pointer(out, "latest")
-    if len(dev) and latest:
-        before, after = (
-            json.loads((out / "eval" / n / "metrics.json").read_text())
-            for n in ("step-00000000", latest.name)
-        )
-        print(f"\n{report.comparison_table(before, after)}", flush=True)
-    print(f"\nfinished: adapter in {(checkpoint.pointer(out, 'best') or latest)}/adapter", flush=True)
+    """Print the scores before and after training, and where the adapter is."""
+    if distributed.rank() == 0:
+        if len(dev):
+            print(f"\n{report.first_and_last(out / 'eval')}")
+        where = checkpoint.pointer(out, "best") or checkpoint.pointer(out, "latest")
+        print(f"\nfinished: adapter in {where}/adapter", flush=True)

@@ -22,7 +22,7 @@ from voxtral_dist.lengths import token_lengths
 from voxtral_dist.micro_batches import Caps, cut
 from voxtral_dist.plan import CostModel, GlobalPlan, Int64, Step, TaskStream
 from voxtral_dist.sample import Sample
-from voxtral_dist.shards import CorruptSampleError, ShardSet
+from voxtral_dist.shards import CorruptSampleError, ShardSet, sample_from_row
 from voxtral_dist.tasks import TASKS
 
 READ_AHEAD_STEPS = 2
@@ -96,7 +96,7 @@ class TaskData:
         sample = Sample(id=key, task=self.name, prompt="", references=("",))
         try:
             record = shards.read(place)
-            key, sample = record.key, shards.sample(place)
+            key, sample = record.key, sample_from_row(record.row)
             other, other_place = (shards, place) if audio_from is None else self.locate(audio_from)
             data = record.audio if audio_from is None else other.read(other_place).audio
             mel = None if data is None else log_mel(decode(data), self.spec)
@@ -168,9 +168,9 @@ class TrainData:
             if share > self.settings.max_overlong_rate or share == 1.0:
                 shards, place = task.locate(int(task.positions.argmax()))
                 raise UserError(
-                    f"--max_len {self.settings.max_len}: {self.overlong[task.name]} of {len(task)} {task.name} examples "
-                    f"are longer (the longest, {shards.sample(place).source}, has {task.positions.max()} positions) and "
-                    "would be left out, more than --max_overlong_rate "
+                    f"--max_len {self.settings.max_len}: {self.overlong[task.name]} of {len(task)} {task.name} "
+                    f"examples are longer (the longest, {shards.sample(place).source}, has "
+                    f"{task.positions.max()} positions) and would be left out, more than --max_overlong_rate "
                     f"{self.settings.max_overlong_rate} allows; raise one of the two"
                 )
 
@@ -290,8 +290,8 @@ class EvalData:
             if int(prompts.max(initial=0)) >= max_len:
                 shards, place = task.locate(int(prompts.argmax()))
                 raise UserError(
-                    f"--max_len {max_len}: the prompt of {shards.sample(place).source} has {prompts.max()} positions and "
-                    "leaves no room for an answer; an evaluation never leaves a row out, raise --max_len"
+                    f"--max_len {max_len}: the prompt of {shards.sample(place).source} has {prompts.max()} "
+                    "positions and leaves no room for an answer; an evaluation never leaves a row out, raise --max_len"
                 )
 
     def __len__(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +82,17 @@ def training_model(config: TrainConfig, device: torch.device, num_tasks: int) ->
     return training
 
 
+DECISIVE = (
+    *"label_smoothing loss_norm learning_rate warmup_ratio weight_decay max_grad_norm".split(),
+    *"lora_r lora_alpha lora_dropout lora_targets freeze_whisper sqa_question".split(),
+)
+"""Settings that decide the parameters after a step."""
+
+
 def model_identity(config: TrainConfig) -> dict[str, Any]:
     """What of model and settings decides the parameters after a step; a run goes on only with the same."""
     values = model.config_values(config.model_id)
     volatile = {"transformers_version", "_name_or_path", "_commit_hash", "dtype", "torch_dtype"}
     text = json.dumps({k: v for k, v in values.items() if k not in volatile}, sort_keys=True, default=str)
-    names: Sequence[str] = (
-        *["label_smoothing", "loss_norm", "learning_rate", "warmup_ratio", "weight_decay", "max_grad_norm"],
-        *["lora_r", "lora_alpha", "lora_dropout", "lora_targets", "freeze_whisper", "sqa_question"],
-    )
-    return {"model_config": hashlib.sha256(text.encode()).hexdigest()[:16]} | {
-        n: getattr(config, n) for n in names
-    }
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {"model_config": digest} | {name: getattr(config, name) for name in DECISIVE}

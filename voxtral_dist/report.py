@@ -27,11 +27,17 @@ def number(value: float | None) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Plain text columns, readable as Markdown too."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    widths = [max(map(_width, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
-    )
+    padded = [
+        [cell + " " * (w - _width(cell)) for cell, w in zip(line, widths, strict=True)] for line in lines
+    ]
+    return "\n".join(" | ".join(line).rstrip() for line in padded)
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal that a text takes; Hangul and Han characters take two."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def headline_scores(metrics: Mapping[str, Any]) -> dict[tuple[str, str], float | None]:

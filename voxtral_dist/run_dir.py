@@ -20,19 +20,8 @@ from voxtral_dist.errors import ExitCode, UserError, VoxtralDistError
 IDENTITY = "identity.json"
 EXIT_STATUS = "exit_status.json"
 KNOWN = {
-    *[
-        "config.yaml",
-        "identity.json",
-        "environment.json",
-        "metrics.jsonl",
-        "tensorboard",
-        "checkpoints",
-        "best",
-        "latest",
-        "eval",
-        "shards",
-    ],
-    *["exit_status.json", "report.html", "base_model", "demo", "evaluations"],
+    *"config.yaml identity.json environment.json metrics.jsonl tensorboard checkpoints best latest eval shards".split(),
+    *"exit_status.json report.html base_model demo evaluations".split(),
 }
 """What a run directory may hold; anything else means that it is the user's own."""
 

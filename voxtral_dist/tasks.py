@@ -24,21 +24,7 @@ PROMPT_TEMPLATE = "voxtral-prompt/1"
 """Version of the prompts below. Changing a prompt must change it: cached token lengths are keyed by it."""
 
 ROW_FIELDS = frozenset(
-    [
-        "id",
-        "task",
-        "audio_path",
-        "transcript",
-        "language",
-        "question",
-        "answer",
-        "instruction",
-        "input",
-        "output",
-        "domain",
-        "speaker",
-        "meta",
-    ]
+    "id task audio_path transcript language question answer instruction input output domain speaker meta".split()
 )
 """Every field a JSONL row may have. ``meta`` is kept untouched and never read."""
 

@@ -189,7 +189,8 @@ def encode_audio(voxtral: Any, audio: torch.Tensor, *, encoder_trains: bool = Fa
     core = voxtral.model
     with nullcontext() if encoder_trains else torch.no_grad():
         states = core.audio_tower(audio).last_hidden_state
-    return core.multi_modal_projector(states.reshape(-1, voxtral.config.audio_config.intermediate_size))
+    flat = states.reshape(-1, voxtral.config.audio_config.intermediate_size)
+    return core.multi_modal_projector(flat.to(core.multi_modal_projector.linear_1.weight.dtype))
 
 
 def checkpoint_layers(voxtral: Any) -> None:

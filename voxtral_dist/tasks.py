@@ -156,7 +156,7 @@ def parse_row(row: Row, where: str, default_id: str, task_name: str | None = Non
     name = row.get("task", task_name)
     task = detect_task(row, where) if name is None else get_task(str(name), where)
     return Sample(
-        id=str(row.get("id", default_id)),
+        id=default_id if row.get("id") in (None, "") else str(row["id"]),
         task=task.name,
         prompt=_checked_prompt(task, row, where),
         references=_references(task, row, where),

@@ -1,0 +1,156 @@
+"""Pack JSONL and audio files into shards for training and evaluation.
+
+    python tools/build_shards.py --jsonl asr.jsonl,sqa.jsonl --out shards --split train [--model_id MODEL]
+
+The rows of each task become one data set, OUT/<task>/<split>/ (shards/README.md describes it). One call does
+everything; run again, it goes on where it was stopped and leaves alone what is unchanged. As a slurm array:
+
+    python tools/build_shards.py ... --slice $SLURM_ARRAY_TASK_ID/16        in each of the tasks 0 to 15
+    python tools/build_shards.py ... --finalize                             once they have ended
+
+--check only reads: tasks, keys, audio and the first errors of each file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from voxtral_dist.errors import UserError, run_main
+from voxtral_dist.lengths import token_lengths
+from voxtral_dist.packing import FileReport, check, pack
+from voxtral_dist.shards import MANIFEST, ShardSet
+from voxtral_dist.tasks import parse_task_list
+from voxtral_dist.tokenizer import TekkenVocabulary
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the flags and run the phases they ask for."""
+    flags = _parser().parse_args(argv)
+    files = _split(flags.jsonl)
+    tasks = parse_task_list(_split(flags.tasks), files, "--jsonl")
+    if not files:
+        raise UserError("--jsonl names no file; give one or more JSONL files separated by commas")
+    if flags.check:
+        _report(check([Path(file) for file in files], tasks, progress=True))
+        return
+    if not flags.out:
+        raise UserError("--out is missing; say where the data sets go, or give --check to only read")
+    if flags.slice and flags.finalize:
+        raise UserError("--slice and --finalize are both given; run the slices first, then --finalize alone")
+    vocabulary = None if flags.slice or not flags.model_id else TekkenVocabulary.load(flags.model_id)
+    folders = pack(
+        files,
+        flags.out,
+        split=flags.split,
+        tasks=tasks,
+        shard_bytes=int(flags.shard_mb * (1 << 20)),
+        slice_=None if flags.finalize else flags.slice or (0, 1),
+        finalize=not flags.slice,
+        max_reject_rate=flags.max_reject_rate,
+        progress=True,
+    )
+    if flags.slice:
+        return
+    if vocabulary:
+        for folder in folders:
+            token_lengths(ShardSet.open(folder), vocabulary, progress=True)
+    _table(folders)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--jsonl", required=True, help="JSONL files, comma separated")
+    add("--out", default="", help="folder of the data sets")
+    add("--split", default="train", help="name of the split, e.g. train or dev (default: train)")
+    add(
+        "--tasks",
+        default="",
+        help="task of each file (asr, sqa, tqa), comma separated; default: by the rows' keys",
+    )
+    add(
+        "--model_id",
+        default="",
+        help="model folder or hub id; also counts its tokens, else done on first use",
+    )
+    add(
+        "--slice",
+        type=_slice,
+        metavar="I/N",
+        help="build only shards I, I+N, ... (I from 0), publish nothing",
+    )
+    add("--finalize", action="store_true", help="build nothing, publish what all slices have built")
+    add(
+        "--check", action="store_true", help="write nothing; report tasks, keys and first errors of each file"
+    )
+    add(
+        "--max_reject_rate",
+        type=_rate,
+        default=0.0,
+        help="share of bad rows to leave out, 0 to 1 (default: 0)",
+    )
+    add("--shard_mb", type=_positive, default=256.0, help="aimed size of a shard in MiB (default: 256)")
+    return parser
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _slice(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 0 <= I < N")
+    return int(index), int(count)
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive size")
+    return value
+
+
+def _report(reports: Sequence[FileReport]) -> None:
+    """Print what each file holds; exit code 2 when any has errors."""
+    for report in reports:
+        tasks = ", ".join(f"{count} {task}" for task, count in report.rows.items()) or "nothing usable"
+        keys = ", ".join(f"{key} ({count})" for key, count in sorted(report.keys.items()))
+        print(
+            f"{report.path}: {tasks}; {report.seconds / 3600:.2f} h of audio; {report.bad} bad; keys: {keys}"
+        )
+        for error in report.errors:
+            print(f"  {error}")
+    first = next((report for report in reports if report.bad), None)
+    if first:
+        n_bad = sum(report.bad for report in reports)
+        raise UserError(f"{first.errors[0]}; {n_bad} bad rows in {len(reports)} files, mend or remove them")
+
+
+def _table(folders: Sequence[Path]) -> None:
+    width = max(len(str(folder)) for folder in folders)
+    print(f"{'data set':<{width}} {'rows':>10} {'rejected':>9} {'shards':>7} {'hours':>9} {'MiB':>10}")
+    for folder in folders:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        mib = sum(shard["bytes"] for shard in manifest["shards"]) / (1 << 20)
+        hours = manifest["audio_seconds"] / 3600
+        print(
+            f"{folder!s:<{width}} {manifest['examples']:>10} {manifest['rejected']:>9} "
+            f"{len(manifest['shards']):>7} {hours:>9.2f} {mib:>10.1f}"
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -135,7 +135,7 @@ class TrainConfig(DataConfig):
     lora_targets: Literal["language_model", "projector", "both"] = "both"
     eval_steps: int = 0
     eval_max_new_tokens: int = 256
-    save_steps: int = 0
+    save_steps: int = 500
     save_total_limit: int = 3
     max_skipped_steps: int = 20
     resume: Literal["auto", "none"] = "auto"
@@ -164,9 +164,11 @@ class TrainConfig(DataConfig):
             _at_least(self, name, 0)
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "lora_alpha"):
             _at_least(self, name, 0.0)
-        for name in ("label_smoothing", "warmup_ratio", "lora_dropout", "max_overlong_rate"):
+        for name in ("label_smoothing", "warmup_ratio", "lora_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"--{name} {getattr(self, name)} is not in [0, 1)")
+        if not 0.0 <= self.max_overlong_rate <= 1.0:
+            raise UserError(f"--max_overlong_rate {self.max_overlong_rate} is not in [0, 1]")
         if self.max_steps == 0 and not (math.isfinite(self.epochs) and self.epochs > 0):
             raise UserError(
                 f"--epochs {self.epochs} leaves nothing to train; give a positive number or --max_steps"
@@ -224,7 +226,7 @@ def parse(config_class: type[ConfigT], argv: Sequence[str], prog: str) -> Config
     parser.add_argument("--config", action="config", help="YAML file with the same names as the flags")
     parser.add_class_arguments(config_class, as_group=False)
     try:
-        namespace = parser.parse_args(_plain_booleans(config_class, argv))
+        namespace = parser.parse_args(_plain_flags(config_class, argv))
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
         raise UserError(f"{prog}: {_first_line(str(error))}; see --help for the flags") from error
     names = [field.name for field in dataclasses.fields(config_class)]
@@ -233,25 +235,30 @@ def parse(config_class: type[ConfigT], argv: Sequence[str], prog: str) -> Config
     return config
 
 
-def _plain_booleans(config_class: type[DataConfig], argv: Sequence[str]) -> list[str]:
-    """Rewrite ``--flag``, ``--flag true`` and ``--no_flag``; drop the launcher's ``--local_rank``."""
+def _plain_flags(config_class: type[DataConfig], argv: Sequence[str]) -> list[str]:
+    """Rewrite ``--flag``, ``--flag true`` and ``--no_flag``, drop the launcher's ``--local_rank``, and put ``--config``
+    first, because the parser lets the later of two settings win."""
     hints = typing.get_type_hints(config_class)
     flags = {f"--{name}" for name, hint in hints.items() if hint is bool or bool in typing.get_args(hint)}
-    words, out = list(argv), []
+    words, first, rest = list(argv), [], []
     while words:
         word = words.pop(0)
         if word == "--local_rank" and words:
             words.pop(0)
+        elif word == "--config" and words:
+            first += [word, words.pop(0)]
+        elif word.startswith("--config="):
+            first.append(word)
         elif word.startswith("--local_rank="):
             continue
         elif word.startswith("--no_") and f"--{word[5:]}" in flags:
-            out.append(f"--{word[5:]}=false")
+            rest.append(f"--{word[5:]}=false")
         elif word in flags:
             has_value = words and words[0].lower() in ("true", "false")
-            out.append(f"{word}={words.pop(0).lower() if has_value else 'true'}")
+            rest.append(f"{word}={words.pop(0).lower() if has_value else 'true'}")
         else:
-            out.append(word)
-    return out
+            rest.append(word)
+    return first + rest
 
 
 def _first_line(message: str) -> str:

@@ -36,8 +36,8 @@ say "4/6 training on $ranks rank(s)"
 common=(--model_id "$run/base_model" --per_device_bsz 34 --max_len 128 --num_workers 1)
 NPROC="$ranks" bash "$here/train.sh" "${common[@]}" --output_dir "$run" --seed "$seed" \
     --train_shards "$(shards train)" --val_shards "$(shards dev)" \
-    --global_batch_size 68 --max_steps 600 --task_weights asr=12,sqa=12,tqa=10 --learning_rate 3e-3 --warmup_ratio 0.05 \
-    --lora_r 32 --lora_alpha 64 --lora_dropout 0 --eval_max_new_tokens 16 --eval_steps 300
+    --global_batch_size 68 --max_steps 500 --task_weights asr=20,sqa=18,tqa=30 --learning_rate 3e-3 --warmup_ratio 0.06 \
+    --lora_r 32 --lora_alpha 64 --lora_dropout 0 --eval_max_new_tokens 16 --eval_steps 250
 
 say "5/6 is the audio heard? the same dev rows with the audio of other rows"
 NPROC="$ranks" bash "$here/evaluate.sh" "${common[@]}" --lora_dir "$run" --output_dir "$run/evaluations/audio_probe" \

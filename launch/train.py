@@ -20,6 +20,11 @@ from voxtral_dist.logger import setup_logging
 
 def main() -> None:
     """Train; rank 0 speaks, and leaves the outcome in exit_status.json."""
+    run_main(start)
+
+
+def start() -> None:
+    """Find this process's place among the ranks and run; an error of ours is told by rank 0 alone."""
     world = distributed.read_world()
     run_main(lambda: run(world), speak=world.is_main)
 

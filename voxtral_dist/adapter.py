@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import peft
 import torch
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from voxtral_dist.errors import UserError, VoxtralDistError
@@ -97,7 +97,9 @@ def load(model: Any, folder: Path) -> Any:
     """
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
-    except (ValueError, OSError, json.JSONDecodeError) as error:
+        if config.peft_type != "LORA":
+            raise ValueError(f"peft_type {config.peft_type} is no LoRA adapter")
+    except (ValueError, OSError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder} holds no readable adapter_config.json; expected a folder that training wrote"
         ) from error
@@ -116,7 +118,10 @@ def load_weights(model: Any, folder: Path) -> None:
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise UserError(f"{path} does not exist; an adapter must be in safetensors format")
-    saved = load_file(path)
+    try:
+        saved = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read: {error}; copy it again") from error
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     wrong = sorted(set(saved) ^ set(expected)) or sorted(
         k for k in saved if saved[k].shape != expected[k].shape

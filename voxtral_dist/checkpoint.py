@@ -199,7 +199,7 @@ def pointer(run_dir: Path, name: str) -> Path | None:
         target = run_dir / "checkpoints" / (run_dir / name).read_text("utf-8").strip()
     except OSError:
         return None
-    return target if target.is_dir() else None
+    return target if target.name.startswith("step-") and target.is_dir() else None
 
 
 def find_adapter(lora_dir: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ class TaskData:
         shards, place = self.locate(example)
         n_samples = int(self.n_samples[example if audio_from is None else audio_from])
         key = f"{shards.task}/{shards.split} {place}"
-        sample = Sample(id=key, task=self.name, prompt="", references=("",))
+        sample = Sample(id=key, task=self.name, prompt="", references=())
         try:
             record = shards.read(place)
             key, sample = record.key, sample_from_row(record.row)
@@ -102,6 +103,8 @@ class TaskData:
             mel = None if data is None else log_mel(decode(data), self.spec)
             return Example(sample, mel, n_samples, task, weight, key)
         except (CorruptSampleError, AudioError) as error:
+            with suppress(CorruptSampleError):  # the words may be whole where the audio is not
+                sample = shards.sample(place)
             chunks = int(self.spec.chunks(n_samples))
             silence = torch.zeros(chunks, self.spec.num_mel_bins, self.spec.chunk_frames) if chunks else None
             return Example(sample, silence, n_samples, task, 0.0, key, str(error))

@@ -110,9 +110,9 @@ def build_ds_config(settings: EngineSettings, trained_elements: int) -> dict[str
 def _read_ds_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--ds_config {path} cannot be read as JSON: {error}") from error
-    stage = config.get("zero_optimization", {}).get("stage")
+        stage = config.get("zero_optimization", {}).get("stage")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"--ds_config {path} cannot be read as JSON settings: {error}") from error
     if stage not in (1, 2):
         raise UserError(
             f"--ds_config {path}: ZeRO stage {stage!r}; the exact one-reduction step needs stage 1 or 2"
@@ -124,7 +124,8 @@ def _read_ds_config(path: Path) -> dict[str, Any]:
                 f"--ds_config {path}: {key} {config[key]} would scale the gradients wrongly; remove it and use "
                 "--per_device_bsz, --grad_accum or --global_batch_size"
             )
-    for key in ("train_batch_size", "optimizer", "scheduler", "bf16", "fp16", "torch_autocast"):
+    decided = ("train_batch_size", "optimizer", "scheduler", "bf16", "fp16", "torch_autocast")
+    for key in (*decided, "gradient_allreduce_op"):
         if key in config:
             raise UserError(f"--ds_config {path}: {key!r} is decided by the flags; remove it from the file")
     clipping = config.get("gradient_clipping", 0.0)

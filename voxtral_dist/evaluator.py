@@ -21,6 +21,7 @@ from voxtral_dist.atomic import write_bytes, write_json
 from voxtral_dist.collator import Example
 from voxtral_dist.data import EvalData
 from voxtral_dist.decode import greedy_decode
+from voxtral_dist.errors import BadSamplesError
 from voxtral_dist.tasks import TASKS
 from voxtral_dist.text_norm import NORMALIZER
 
@@ -63,6 +64,9 @@ def evaluate(
         data: dev data, the same on every rank.
         settings: how to decode.
         provenance: kept in ``metrics.json`` beside the scores.
+
+    Raises:
+        BadSamplesError: the words of a row are damaged. Damaged audio is a missing prediction instead.
     """
     was_training = model.training
     model.eval()
@@ -135,6 +139,8 @@ def _record(
 ) -> dict[str, Any]:
     """One example's line: what is scored, and under ``timing`` what varies from run to run."""
     sample = example.sample
+    if not sample.references:
+        raise BadSamplesError(f"{example.error}; a dev row without its words cannot be scored")
     text = None if example.error else data.collator.vocabulary.decode(answer)
     return {
         "task": sample.task,

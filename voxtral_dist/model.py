@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 
 from voxtral_dist.batch import MicroBatch
@@ -29,8 +30,8 @@ def config_values(model_id: str) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
     try:
-        values: dict[str, Any] = PreTrainedConfig.get_config_dict(model_id)[0]
-    except (OSError, ValueError) as error:
+        values: dict[str, Any] = dict(PreTrainedConfig.get_config_dict(model_id)[0])
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"--model_id {model_id}: no readable config.json there; give a Voxtral folder or hub id"
         ) from error
@@ -77,9 +78,9 @@ def load(model_id: str, dtype: torch.dtype) -> Any:
     read_config(model_id)
     try:
         model, info = VoxtralForConditionalGeneration.from_pretrained(
-            model_id, dtype=dtype, output_loading_info=True
+            model_id, dtype=dtype, output_loading_info=True, use_safetensors=True
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model_id {model_id}: the weights cannot be loaded: {error}") from error
     missing = sorted(info["missing_keys"])
     if missing:

@@ -129,5 +129,12 @@ def first_and_last(eval_dir: Path) -> str:
     return comparison_table(before, after)
 
 
+def main() -> None:
+    """Command line."""
+    if len(sys.argv) != 2:
+        raise UserError("name one folder of evaluations: python -m voxtral_dist.report RUN/eval")
+    print(first_and_last(Path(sys.argv[1])))
+
+
 if __name__ == "__main__":
-    run_main(lambda: print(first_and_last(Path(sys.argv[1]))))
+    run_main(main)

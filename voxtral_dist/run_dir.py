@@ -22,8 +22,9 @@ EXIT_STATUS = "exit_status.json"
 KNOWN = {
     *"config.yaml identity.json environment.json metrics.jsonl tensorboard checkpoints best latest eval shards".split(),
     *"exit_status.json report.html base_model demo evaluations".split(),
+    *"predictions.jsonl timing.jsonl metrics.json audio_probe.json".split(),
 }
-"""What a run directory may hold; anything else means that it is the user's own."""
+"""What the directory of a run or an evaluation may hold; anything else means that it is the user's own."""
 
 
 def check_output_dir(run_dir: Path) -> None:

@@ -13,7 +13,7 @@ from voxtral_dist import config as settings
 from voxtral_dist.config import TrainConfig
 from voxtral_dist.data import EvalData, TrainData, TrainSettings, open_tasks
 from voxtral_dist.distributed import World
-from voxtral_dist.engine import EngineSettings, TrainEngine
+from voxtral_dist.engine import EngineSettings, TrainEngine, build_ds_config
 from voxtral_dist.errors import UserError
 from voxtral_dist.logger import get_logger
 from voxtral_dist.monitor import Monitor, NullMonitor
@@ -29,10 +29,12 @@ def train(config: TrainConfig, world: World) -> None:
         VoxtralDistError: with the exit code of what happened, see :class:`~voxtral_dist.errors.ExitCode`.
     """
     out, slice_ = Path(config.output_dir), (world.rank, world.world_size)
+    stored = run_dir.stored_identity(out) or {}
+    if not config.dry_run:
+        check_settings(config, out, stored)
     collator = prepare.open_collator(config)
     train_folders = prepare.data_folders(config, config.train_shards, config.train_jsonl, "train", world)
     dev_folders = prepare.data_folders(config, config.val_shards, config.val_jsonl, "dev", world)
-    stored = run_dir.stored_identity(out) or {}
     data = TrainData(
         open_tasks(train_folders, collator, slice_), collator, data_settings(config, world, stored)
     )
@@ -45,11 +47,6 @@ def train(config: TrainConfig, world: World) -> None:
         return
     identity = data.identity() | prepare.model_identity(config)
     run_dir.check_identity(out, identity)
-    if config.resume == "none" and stored:
-        raise UserError(
-            f"--resume none but --output_dir {out} holds a run; give a new directory or leave the flag out"
-        )
-
     device = distributed.local_device(world)
     distributed.start(device)
     try:
@@ -60,6 +57,22 @@ def train(config: TrainConfig, world: World) -> None:
         fit(config, data, dev, device)
     finally:
         distributed.stop()
+
+
+def check_settings(config: TrainConfig, out: Path, stored: dict[str, Any]) -> None:
+    """Refuse what needs no data to be refused, before data is packed into the directory of another run.
+
+    Raises:
+        UserError: the directory holds a run with other settings, or a run at all with ``--resume none``; the
+            ``--ds_config`` is not usable.
+    """
+    if config.resume == "none" and stored:
+        raise UserError(
+            f"--resume none but --output_dir {out} holds a run; give a new directory or leave the flag out"
+        )
+    settings_now = prepare.model_identity(config) | {"seed": config.seed, "max_len": config.max_len}
+    run_dir.check_identity(out, stored | settings_now)
+    build_ds_config(EngineSettings(ds_config=config.ds_config), 0)
 
 
 def data_settings(config: TrainConfig, world: World, stored: dict[str, Any]) -> TrainSettings:
@@ -85,7 +98,7 @@ def fit(config: TrainConfig, data: TrainData, dev: EvalData, device: torch.devic
     newest = checkpoint.newest_whole(out)
     if newest and checkpoint.step_of(newest) == data.plan.num_steps and is_evaluated(out, newest.name, dev):
         log.info("%s is finished: all %d steps are done and evaluated", out, data.plan.num_steps)
-        finish(out, dev)
+        finish(out)
         return
     engine_settings = EngineSettings(
         weight_decay=config.weight_decay,
@@ -107,7 +120,7 @@ def fit(config: TrainConfig, data: TrainData, dev: EvalData, device: torch.devic
         Trainer(engine, data, config, monitor, evaluate, state).fit()
     finally:
         monitor.close()
-    finish(out, dev)
+    finish(out)
 
 
 def evaluate_step(
@@ -135,10 +148,10 @@ def is_evaluated(out: Path, name: str, dev: EvalData) -> bool:
     return not len(dev) or bool(distributed.broadcast_json((out / "eval" / name / "metrics.json").exists()))
 
 
-def finish(out: Path, dev: EvalData) -> None:
-    """Print the scores before and after training, and where the adapter is."""
+def finish(out: Path) -> None:
+    """Print the scores before and after training, where both were measured, and where the adapter is."""
     if distributed.rank() == 0:
-        if len(dev):
+        if len(list(out.glob("eval/step-*/metrics.json"))) > 1:
             print(f"\n{report.first_and_last(out / 'eval')}")
         where = checkpoint.pointer(out, "best") or checkpoint.pointer(out, "latest")
         print(f"\nfinished: adapter in {where}/adapter", flush=True)

@@ -66,7 +66,6 @@ if [ -z "$output_dir" ] && [ -f "$config" ]; then
 fi
 status_file="${output_dir:+$output_dir/exit_status.json}"
 if [[ " $*" == *" --dry_run"* ]]; then status_file=""; fi # which leaves the run directory alone
-if [[ " $* " == *" --dry_run "* ]]; then status_file=""; fi # it writes nothing into the run
 if [ -n "$status_file" ]; then rm -f "$status_file"; fi
 
 gpus=0
@@ -91,7 +90,7 @@ case "${LAUNCHER:=deepspeed}" in
             --master_addr 127.0.0.1 --master_port "$port") ;;
     torchrun)
         command=("$PYTHON" -m torch.distributed.run --nnodes 1 --nproc-per-node "$NPROC"
-            --master-addr 127.0.0.1 --master-port "$port") ;;
+            --master-addr 127.0.0.1 --master-port "$port" --) ;; # without -- it reads abbreviations out of FLAGS
     python)
         command=(env RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT="$port" "$PYTHON") ;;
     *)

@@ -247,10 +247,10 @@ def test_only_rank_0_tells_the_error(
 @pytest.mark.parametrize(
     ("weights", "word"),
     [
-        ("nan,1,1", "nan"),
-        ("1,-1,1", "-1"),
-        ("1,0,1", "0"),
-        ("inf,1,1", "inf"),
+        ("nan,1,1", "nan is not between"),
+        ("1,-1,1", "-1 is not between"),
+        ("1,0,1", "0 is not between"),
+        ("inf,1,1", "inf is not between"),
         ("1,2", "2 weights for 3 tasks"),
         ("one,1,1", "'one'"),
         ("asr=1,sqa=1", "tqa"),

@@ -258,7 +258,7 @@ def test_the_tiny_model_transcribes_offline_through_the_official_classes(tiny_mo
     model = VoxtralForConditionalGeneration.from_pretrained(tiny_model).eval()
     processor = VoxtralProcessor.from_pretrained(tiny_model)
     assert model.dtype == torch.float32
-    assert model.lm_head.weight is not model.get_input_embeddings().weight
+    assert processor.feature_extractor.n_samples == 32_000
     second = soundfile.read(BANK / "en_7_v1_s1.flac", frames=16_000, fill_value=0.0, dtype="float32")[0]
     inputs = processor.apply_transcription_request(
         audio=[second], model_id="tiny", language="ko", sampling_rate=16_000, format="wav", **CHUNK
@@ -270,6 +270,17 @@ def test_the_tiny_model_transcribes_offline_through_the_official_classes(tiny_mo
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
     assert output.shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+def test_the_weights_are_drawn_so_that_lora_alone_can_learn(tiny_model: Path) -> None:
+    model = VoxtralForConditionalGeneration.from_pretrained(tiny_model)
+    tower, embeddings = model.model.audio_tower, model.get_input_embeddings().weight
+    assert not model.config.text_config.tie_word_embeddings
+    assert not torch.equal(model.lm_head.weight, embeddings)
+    assert model.lm_head.weight.std().item() == pytest.approx(0.15, rel=0.02)
+    assert embeddings.std().item() == pytest.approx(0.15, rel=0.02)
+    assert tower.conv1.weight.std().item() == pytest.approx(0.08, rel=0.02)
+    assert tower.embed_positions.weight.abs().max().item() == pytest.approx(0.1, rel=0.02)
 
 
 def test_korean_survives_the_short_vocabulary(tiny_model: Path) -> None:

@@ -35,8 +35,8 @@ NORMS = {"examples": SHARES, "tasks": TWO_TASKS}
 """Loss norms and the step they are tried on; tests/test_gradient.py looks at tokens."""
 
 
-def make_training(model_dir: str, dropout: float) -> modeling.TrainingModel:
-    return modeling.TrainingModel(tuned(Path(model_dir), dropout=dropout), 3, SMOOTHING)
+def make_training(model_dir: str, **lora: Any) -> modeling.TrainingModel:
+    return modeling.TrainingModel(tuned(Path(model_dir), **lora), 3, SMOOTHING)
 
 
 def make_collator(model_dir: str) -> Collator:
@@ -86,10 +86,10 @@ def moments(engine: TrainEngine) -> list[Any]:
 class Story:
     """An engine with a log of what each step did to it."""
 
-    def __init__(self, rank: int, model_dir: str, dropout: float = 0.0, loss_norm: str = "tokens") -> None:
+    def __init__(self, rank: int, model_dir: str, loss_norm: str = "tokens", **lora: Any) -> None:
         self.collator = make_collator(model_dir)
         settings = EngineSettings(max_grad_norm=0.0, loss_norm=loss_norm)
-        self.engine = TrainEngine(make_training(model_dir, dropout), settings)
+        self.engine = TrainEngine(make_training(model_dir, **lora), settings)
         groups = NORMS.get(loss_norm, SHARES)[rank]
         self.batches = micro_batches(self.collator, make_step(self.collator, loss_norm), groups)
         self.log: dict[str, Any] = {
@@ -130,7 +130,7 @@ def two_ranks(rank: int, model_dir: str, out: str) -> dict[str, Any]:
     story.step("good", story.batches, stop=go_on)
     story.step("stop", [], stop=lambda: rank == 1)
     story.step("nan loss", [*story.batches, poisoned(story.batches[0])] if rank == 1 else story.batches)
-    name, parameter = story.engine.named_parameters[3]
+    _, parameter = story.engine.named_parameters[3]
     hook = parameter.register_hook(lambda gradient: gradient * (float("nan") if rank == 0 else 1.0))
     story.step("nan gradient", story.batches)
     hook.remove()
@@ -141,13 +141,19 @@ def two_ranks(rank: int, model_dir: str, out: str) -> dict[str, Any]:
     put_back(other.engine, saved)
     other.log["put back"] = {"weights": digest(other.engine), "moments": moments(other.engine)}
     other.step("next", other.batches)
+    deaf = Story(rank, model_dir, targets="projector")
+    text, speech = (
+        micro_batches(deaf.collator, make_step(deaf.collator), [group]) for group in ([0, 1], [3, 5])
+    )
+    deaf.step("good", text if rank == 1 else speech)
+    deaf.step("nan loss", [poisoned(text[0])] if rank == 1 else speech)
     first = {loss_norm: first_step(rank, model_dir, loss_norm) for loss_norm in NORMS}
     if rank == 0:
         after = {"weights": weights(story.engine), "moments": optimizer_state.gather(story.engine)[0]}
         torch.save({"saved": saved, "after": after, "first": first}, out)
     else:
         optimizer_state.gather(story.engine)
-    return {"story": story.log, "restored": other.log, "asked": len(asked), "hooked": name}
+    return {"story": story.log, "restored": other.log, "deaf": deaf.log, "asked": len(asked)}
 
 
 def first_step(rank: int, model_dir: str, loss_norm: str) -> dict[str, Any]:
@@ -190,7 +196,7 @@ def story(tale: dict[str, Any]) -> dict[str, Any]:
 
 def test_ranks_agree_bit_for_bit_after_every_step(tale: dict[str, Any]) -> None:
     first, second = tale["ranks"]
-    for name in ("story", "restored"):
+    for name in ("story", "restored", "deaf"):
         for step, seen in first[name].items():
             assert repr(seen) == repr(second[name][step]), f"{name}, {step}"  # in text a NaN equals itself
 
@@ -234,6 +240,15 @@ def test_non_finite_step_is_skipped_everywhere(tale: dict[str, Any], story: dict
     assert story["next"]["moments"][0] == story["stop"]["moments"][0] + 1
 
 
+def test_loss_without_a_gradient_counts(tale: dict[str, Any]) -> None:
+    """Where only the projector trains, text has no gradient; its NaN must stop the step all the same."""
+    deaf = tale["ranks"][0]["deaf"]
+    assert deaf["good"]["applied"] and deaf["good"]["weights"] != deaf["fresh"]["weights"]
+    assert deaf["good"]["task_tokens"][2] > 0
+    assert not deaf["nan loss"]["applied"] and deaf["nan loss"]["weights"] == deaf["good"]["weights"]
+    assert deaf["nan loss"]["moments"] == deaf["good"]["moments"]
+
+
 def test_restored_state_continues_bit_for_bit(tale: dict[str, Any], story: dict[str, Any]) -> None:
     restored = tale["ranks"][0]["restored"]
     assert restored["fresh"]["moments"] != restored["put back"]["moments"]
@@ -255,7 +270,7 @@ def test_state_of_two_ranks_continues_on_one(tale: dict[str, Any], tiny_model: P
 
 def reference(model_dir: str, loss_norm: str) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradient by the stock forward pass: the mean over examples, or over the tasks' means over tokens."""
-    training, collator = make_training(model_dir, 0.0), make_collator(model_dir)
+    training, collator = make_training(model_dir), make_collator(model_dir)
     nll: dict[int, list[torch.Tensor]] = {}
     chosen = [i for rank in NORMS[loss_norm] for group in rank for i in group if i < 7]
     for example in (make_examples(collator.spec)[i] for i in chosen):

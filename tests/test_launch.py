@@ -184,7 +184,7 @@ def test_control_c_reaches_a_rank_once(start: Start) -> None:
 
 
 def test_a_second_signal_does_not_end_the_waiting(start: Start) -> None:
-    job = start("python", "--output_dir", ".", "--signals", "3")
+    job = start("python", "--silent", "--signals", "3")
     job.wait_for_ranks()
     for number in (signal.SIGHUP, signal.SIGUSR2, signal.SIGTERM):
         job.process.send_signal(number)
@@ -214,7 +214,7 @@ def test_ranks_that_outlive_their_launcher_may_save(start: Start, launcher: str)
 
 @pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=slow)])
 def test_stuck_ranks_are_killed_and_that_is_a_failure(start: Start, launcher: str) -> None:
-    """Without --output_dir too: deepspeed reports success when its launch.py was killed."""
+    """Without --output_dir too, where deepspeed reports success. torchrun must not take --signals for its own."""
     job = start(launcher, "--signals", "99", SHUTDOWN_GRACE="1")
     os.kill(parent_of(job.wait_for_ranks()[0]), signal.SIGKILL)
     assert job.code() == {"deepspeed": 1, "torchrun": 137}[launcher], job.log

@@ -203,6 +203,8 @@ def test_every_launcher_gives_the_same_losses(
 
 def test_one_process_gives_the_same_losses(by_deepspeed: Path, by_one: Path) -> None:
     assert losses(by_one) == pytest.approx(losses(by_deepspeed), abs=1e-5)
+    norms = [[line["train/grad_norm"] for line in steps(run)] for run in (by_one, by_deepspeed)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4), "Adam would hide a wrong scale from the losses"
     assert losses(by_one)[-1] < losses(by_one)[0] - 0.1, "nothing was learned, equal losses would say nothing"
     assert read(by_one / "environment.json")["world_size"] == 1
     assert read(by_one / "identity.json") == read(by_deepspeed / "identity.json")

@@ -110,7 +110,7 @@ class Trainer:
         """Run every step that is left, with evaluations and checkpoints; returns when the run is complete.
 
         Raises:
-            Preempted: SIGTERM or SIGUSR2 reached any rank; a checkpoint was written.
+            Preempted: SIGTERM, SIGUSR2, SIGINT or SIGHUP reached any rank; a checkpoint was written.
             NonFiniteError: too many steps in a row were skipped.
             BadSamplesError: too many examples could not be read.
         """
@@ -231,12 +231,14 @@ class Trainer:
             checkpoint.prune(self.run_dir, self.config.save_total_limit)
 
     def _catch_signals(self) -> None:
-        """SIGTERM and SIGUSR2 only set a flag; the next step's reduction tells every rank."""
+        """A signal only sets a flag; the next step's reduction tells every rank. A second Ctrl-C ends at once."""
 
         def request_stop(number: int, frame: Any) -> None:
             self._stop_requested = True
+            if number == signal.SIGINT:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        for number in (signal.SIGTERM, signal.SIGUSR2):
+        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, request_stop)
 
 

@@ -16,14 +16,16 @@ import pytest
 import torch
 from harness import ROOT, free_port, load_script, run_ranks
 
-from voxtral_dist import adapter, evaluator
+from voxtral_dist import adapter, config, evaluator
 from voxtral_dist import model as modeling
 from voxtral_dist.adapter import LoraSettings
 from voxtral_dist.audio import AudioSpec
 from voxtral_dist.collator import Collator
+from voxtral_dist.config import EvalConfig
 from voxtral_dist.data import EvalData, open_tasks
 from voxtral_dist.distributed import World
 from voxtral_dist.errors import BadSamplesError, UserError
+from voxtral_dist.evaluation_run import with_run_settings
 from voxtral_dist.evaluator import EvalSettings
 from voxtral_dist.packing import pack
 from voxtral_dist.shard_format import read_columns
@@ -372,3 +374,12 @@ def test_command_line(run: Path, alone: Path, dev_sets: dict[int, list[str]]) ->
     assert "asr  | cer" in result.stdout and "written:" in result.stdout
     got = (run / "evaluations" / "latest" / "predictions.jsonl").read_bytes()
     assert got == (alone / "5 rows of 8" / "predictions.jsonl").read_bytes()
+
+
+def test_an_evaluation_on_other_prompts_than_the_training_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model_id: m\nsqa_question: spoken\n")
+    flags = ["--lora_dir", str(tmp_path), "--val_shards", "a"]
+    with pytest.raises(UserError, match="give --sqa_question spoken"):
+        with_run_settings(config.parse(EvalConfig, flags, "evaluate.py"))
+    same = config.parse(EvalConfig, [*flags, "--sqa_question", "spoken"], "evaluate.py")
+    assert with_run_settings(same).model_id == "m"

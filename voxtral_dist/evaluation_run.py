@@ -19,12 +19,19 @@ def with_run_settings(config: EvalConfig) -> EvalConfig:
     """Fill ``model_id`` and ``output_dir`` from the run that ``lora_dir`` names, where the flags leave them out.
 
     Raises:
-        UserError: they are neither given nor to be found.
+        UserError: they are neither given nor to be found, or the run was trained on other prompts.
     """
     lora_dir = Path(config.lora_dir)
     model_id, output_dir = config.model_id, config.output_dir
     if config.lora_dir and (lora_dir / "config.yaml").is_file():
-        model_id = model_id or str(load_yaml(lora_dir / "config.yaml").get("model_id", ""))
+        run = load_yaml(lora_dir / "config.yaml")
+        trained = run.get("sqa_question", config.sqa_question)
+        if trained != config.sqa_question:
+            raise UserError(
+                f"--sqa_question {config.sqa_question}: {lora_dir} was trained with {trained!r}, it would be scored on "
+                f"prompts it never saw; give --sqa_question {trained}"
+            )
+        model_id = model_id or str(run.get("model_id", ""))
         output_dir = output_dir or str(lora_dir / "evaluations" / "latest")
     for name, value in (("model_id", model_id), ("output_dir", output_dir)):
         if not value:

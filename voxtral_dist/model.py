@@ -31,10 +31,12 @@ def config_values(model_id: str) -> dict[str, Any]:
 
     try:
         values: dict[str, Any] = dict(PreTrainedConfig.get_config_dict(model_id)[0])
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError):
+        values = {}
+    if not values:
         raise UserError(
             f"--model_id {model_id}: no readable config.json there; give a Voxtral folder or hub id"
-        ) from error
+        )
     _check_config(model_id, values)
     return values
 

@@ -15,7 +15,7 @@ say "1/6 Python packages"
 . "$here/setup.sh" run
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
-if [ "$gpus" -eq 0 ]; then export TORCHDYNAMO_DISABLE=1; fi # saves DeepSpeed's import of a compiler nothing here uses
+if [ "$gpus" -eq 0 ]; then export DS_ACCELERATOR=cpu TORCHDYNAMO_DISABLE=1; fi # nothing here is compiled
 ranks="${NPROC:-$((gpus > 0 ? gpus : 2))}"
 
 say "2/6 demo speech and a tiny Voxtral in $run"

@@ -10,6 +10,7 @@ import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # saves DeepSpeed's import of a compiler, seconds per rank
 sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import load_script

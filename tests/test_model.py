@@ -278,7 +278,7 @@ def test_folder_without_a_readable_adapter_is_refused(tiny_model: Path, tmp_path
 BAD_CONFIGS: dict[str, tuple[Change, str]] = {
     "realtime": (lambda c: c.update(model_type="voxtral_realtime"), "is a voxtral_realtime model"),
     "llama": (lambda c: c.update(model_type="llama"), "has model type 'llama', not 'voxtral'"),
-    "no type": (lambda c: c.pop("model_type"), "has no readable config.json"),
+    "no type": (lambda c: c.pop("model_type"), "has model type None"),
     "foreign code": (lambda c: c.update(auto_map={"AutoModel": "evil.Model"}), "'auto_map', which may run"),
     "other sizes": (lambda c: c["text_config"].update(intermediate_size=100), "weights cannot be loaded"),
 }

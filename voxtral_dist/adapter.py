@@ -97,8 +97,8 @@ def load(model: Any, folder: Path) -> Any:
     """
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
-        if config.peft_type != "LORA":
-            raise ValueError(f"peft_type {config.peft_type} is no LoRA adapter")
+        if config.peft_type != "LORA" or config.megatron_config:
+            raise ValueError("not a plain LoRA adapter")
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder} holds no readable adapter_config.json; expected a folder that training wrote"

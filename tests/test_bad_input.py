@@ -387,7 +387,7 @@ def test_both_and_neither_kind_of_training_data(train: Call, demo: Path) -> None
         ({"model_type": "whisper"}, "'whisper', not 'voxtral'"),
         ({"model_type": "voxtral_realtime"}, "voxtral_realtime"),
         ({"model_type": "voxtral", "auto_map": {"AutoModel": "evil.Model"}}, "'auto_map'"),
-        ({}, "None"),
+        ({}, "no readable config.json"),
         (None, "--model_id"),
     ],
 )

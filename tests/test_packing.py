@@ -159,7 +159,7 @@ def test_changed_data_set_is_none_until_it_is_whole(corpus: Path, monkeypatch: p
     write_clip(corpus / "clips/3.wav", seed=99)
     with monkeypatch.context() as patched:
         patched.setattr("voxtral_dist.packing.to_flac", lambda path: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(RuntimeError, match=r"a\.jsonl:\d+: ZeroDivisionError"):
             pack_tiny(corpus, corpus / "out")
     with pytest.raises(UserError, match="no manifest"):
         ShardSet.open(folder)

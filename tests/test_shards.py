@@ -273,7 +273,7 @@ def test_threads_read_the_same_and_descriptors_close(data_set: ShardSet) -> None
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda index: data_set.read(index % 5), range(200))) == expected * 40
     reader = _reader(
-        data_set.folder / data_set.shard_names[0], data_set.shard_sha256[0], data_set._index_sha256[0]
+        data_set.folder / data_set.shard_names[0], data_set.shard_sha256[0], data_set._index_sha256[0], ""
     )
     _reader.cache_clear()
     assert reader.example(1, with_audio=True) == expected[1]  # evicted while in use

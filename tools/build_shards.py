@@ -8,39 +8,80 @@ everything; run again, it goes on where it was stopped and leaves alone what is 
     python tools/build_shards.py ... --slice $SLURM_ARRAY_TASK_ID/16        in each of the tasks 0 to 15
     python tools/build_shards.py ... --finalize                             once they have ended
 
---check only reads: tasks, keys, audio and the first errors of each file.
+--check only reads: tasks, keys, audio and the first errors of each file. WebDataset tars that exist already (members
+KEY.json and KEY.flac, .wav, .mp3, .ogg or .opus) become a data set where they lie, and are not written to:
+
+    python tools/build_shards.py --index_only DIR --task asr [--split train]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from voxtral_dist.data_stats import collect, table
 from voxtral_dist.errors import UserError, run_main
+from voxtral_dist.foreign import index_tars
 from voxtral_dist.lengths import token_lengths
 from voxtral_dist.packing import FileReport, check, pack
-from voxtral_dist.shards import MANIFEST, ShardSet
+from voxtral_dist.shards import ShardSet
 from voxtral_dist.tasks import parse_task_list
 from voxtral_dist.tokenizer import TekkenVocabulary
+from voxtral_dist.workers import cores
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags and run the phases they ask for."""
     flags = _parser().parse_args(argv)
+    if flags.index_only:
+        folders = _index(flags)
+    elif flags.task:
+        raise UserError("--task belongs to --index_only; name the tasks of JSONL files with --tasks")
+    else:
+        folders = _pack(flags)
+    if flags.model_id and folders:
+        vocabulary = TekkenVocabulary.load(flags.model_id)
+        for folder in folders:
+            token_lengths(ShardSet.open(folder), vocabulary, progress=True)
+    if folders:
+        print(table([collect(folder) for folder in folders]))
+
+
+def _index(flags: argparse.Namespace) -> list[Path]:
+    """Index foreign tars; the folder."""
+    for name in ("jsonl", "out", "tasks", "slice", "finalize", "check"):
+        if getattr(flags, name):
+            raise UserError(f"--index_only takes the tars as they are; leave out --{name}")
+    if not flags.task:
+        raise UserError("--task is missing; say which task the rows of the tars are: asr, sqa or tqa")
+    return [
+        index_tars(
+            flags.index_only,
+            flags.task,
+            split=flags.split,
+            max_reject_rate=flags.max_reject_rate,
+            workers=flags.workers,
+            progress=True,
+        )
+    ]
+
+
+def _pack(flags: argparse.Namespace) -> list[Path]:
+    """Check, build or finalize; the folders that are finished."""
     files = _split(flags.jsonl)
     tasks = parse_task_list(_split(flags.tasks), files, "--jsonl")
     if not files:
         raise UserError("--jsonl names no file; give one or more JSONL files separated by commas")
     if flags.check:
         _report(check([Path(file) for file in files], tasks, progress=True))
-        return
+        return []
     if not flags.out:
         raise UserError("--out is missing; say where the data sets go, or give --check to only read")
     if flags.slice and flags.finalize:
         raise UserError("--slice and --finalize are both given; run the slices first, then --finalize alone")
-    vocabulary = None if flags.slice or not flags.model_id else TekkenVocabulary.load(flags.model_id)
+    if flags.model_id and not flags.slice:
+        TekkenVocabulary.load(flags.model_id)  # a wrong one is told now, not after hours of packing
     folders = pack(
         files,
         flags.out,
@@ -50,14 +91,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         slice_=None if flags.finalize else flags.slice or (0, 1),
         finalize=not flags.slice,
         max_reject_rate=flags.max_reject_rate,
+        workers=flags.workers,
         progress=True,
     )
-    if flags.slice:
-        return
-    if vocabulary:
-        for folder in folders:
-            token_lengths(ShardSet.open(folder), vocabulary, progress=True)
-    _table(folders)
+    return [] if flags.slice else folders
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--jsonl", required=True, help="JSONL files, comma separated")
+    add("--jsonl", default="", help="JSONL files, comma separated")
     add("--out", default="", help="folder of the data sets")
     add("--split", default="train", help="name of the split, e.g. train or dev (default: train)")
     add(
@@ -94,6 +131,11 @@ def _parser() -> argparse.ArgumentParser:
         default=0.0,
         help="share of bad rows to leave out, 0 to 1 (default: 0)",
     )
+    add("--workers", type=_count, default=cores(), help="processes that work at once (default: all cores)")
+    add(
+        "--index_only", default="", metavar="DIR", help="make the WebDataset tars in DIR a data set, in place"
+    )
+    add("--task", default="", help="task of the tars of --index_only: asr, sqa or tqa")
     add("--shard_mb", type=_positive, default=256.0, help="aimed size of a shard in MiB (default: 256)")
     return parser
 
@@ -113,6 +155,13 @@ def _rate(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
 
 
@@ -137,19 +186,6 @@ def _report(reports: Sequence[FileReport]) -> None:
     if first:
         n_bad = sum(report.bad for report in reports)
         raise UserError(f"{first.errors[0]}; {n_bad} bad rows in {len(reports)} files, mend or remove them")
-
-
-def _table(folders: Sequence[Path]) -> None:
-    width = max(len(str(folder)) for folder in folders)
-    print(f"{'data set':<{width}} {'rows':>10} {'rejected':>9} {'shards':>7} {'hours':>9} {'MiB':>10}")
-    for folder in folders:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        mib = sum(shard["bytes"] for shard in manifest["shards"]) / (1 << 20)
-        hours = manifest["audio_seconds"] / 3600
-        print(
-            f"{folder!s:<{width}} {manifest['examples']:>10} {manifest['rejected']:>9} "
-            f"{len(manifest['shards']):>7} {hours:>9.2f} {mib:>10.1f}"
-        )
 
 
 if __name__ == "__main__":

@@ -30,12 +30,9 @@ def replacing(path: Path, private: bool = False) -> Iterator[BinaryIO]:
         path: the target; its folder must exist.
         private: readable by its owner only (mode 0600); otherwise the umask decides.
     """
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+    temporary, descriptor = _locked_temporary(path, 0o600 if private else 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            with suppress(OSError):  # a file system without locks: sweep() then leaves the litter
-                fcntl.flock(file, fcntl.LOCK_EX)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -43,7 +40,7 @@ def replacing(path: Path, private: bool = False) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _fsync_folder(path.parent)
+    flush(path.parent)
 
 
 def write_bytes(path: Path, data: bytes, private: bool = False) -> None:
@@ -86,8 +83,21 @@ def wait_for(missing: Callable[[], list[str]], poll_s: float = 0.2, patience_s: 
         time.sleep(poll_s)
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _locked_temporary(path: Path, mode: int) -> tuple[Path, int]:
+    """A new temporary of ``path`` and its descriptor; one that a sweep took before it was locked is made again."""
+    while True:
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with suppress(OSError):  # a file system without locks: sweep() then leaves the litter
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return temporary, descriptor
+        os.close(descriptor)
+
+
+def flush(path: Path) -> None:
+    """Bring a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

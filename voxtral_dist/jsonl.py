@@ -107,7 +107,7 @@ def scan(path: Path, task_name: str | None = None) -> Iterator[ScannedRow | BadR
     for place, raw in _lines(path):
         row: Row = {}
         try:
-            row = _decode_line(raw)
+            row = decode_row(raw)
             keys = tuple(sorted(row))
             yield _scan_row(row, place, known.setdefault(keys, keys), task_name)
         except (ValueError, UserError) as error:
@@ -126,7 +126,7 @@ def load_row(scanned: ScannedRow) -> Row:
     try:
         with place.file.open("rb") as file:
             file.seek(place.offset)
-            row = _decode_line(file.readline(MAX_LINE_BYTES))
+            row = decode_row(file.readline(MAX_LINE_BYTES))
         if _digest(row, place, scanned.audio) == scanned.digest:
             return {**row, "task": scanned.task, "id": scanned.id, "source": place.source}
     except (ValueError, FileNotFoundError):
@@ -187,7 +187,12 @@ def _lines(path: Path) -> Iterator[tuple[Place, bytes]]:
             offset += len(raw)
 
 
-def _decode_line(raw: bytes) -> Row:
+def decode_row(raw: bytes) -> Row:
+    """The JSON object that is one line of JSONL, or one ``.json`` member of a tar.
+
+    Raises:
+        ValueError: not UTF-8, not JSON, or not an object; the message is a short reason.
+    """
     try:
         row = json.loads(raw.removeprefix(_BOM).decode("utf-8"), parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:

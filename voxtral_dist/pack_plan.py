@@ -22,7 +22,10 @@ from voxtral_dist.shard_format import shard_stem
 from voxtral_dist.tasks import TASKS
 
 BUILDER = "voxtral-dist/packing/1"
-"""Part of every build hash. Changing what is stored from the same input must change it."""
+"""Seeds the shuffle and is part of every build hash. Changing what tars hold of the same input must change it."""
+
+MARKER = "marker/2"
+"""Part of every build hash. Changing what index or marker say of the same tar must change it."""
 
 SHARD_BYTES = 256 << 20
 
@@ -150,7 +153,7 @@ def _plan_data_set(
 
 
 def _plan_shard(folder: Path, stem: str, rows: list[tuple[int, ScannedRow]]) -> ShardPlan:
-    digest = hashlib.sha256(f"{BUILDER} {stem}".encode())
+    digest = hashlib.sha256(f"{BUILDER} {MARKER} {stem}".encode())
     for ordinal, row in rows:
         digest.update(ordinal.to_bytes(8, "little") + row.digest)
     return ShardPlan(folder, stem, rows, digest.hexdigest())

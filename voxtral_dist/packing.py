@@ -3,7 +3,8 @@
 Three phases, each of which any process can do again without harm:
 
     plan      what goes into which shard: a pure function of the input (:mod:`voxtral_dist.pack_plan`)
-    build     write shards i, i + n, ... of the plan; one with a valid commit marker is not built again
+    build     write shards i, i + n, ... of the plan, several at a time; one with a valid commit marker is
+              not built again
     finalize  with all markers there, account for every row, then publish the manifests
 
 Processes that share the work need no word with each other, only the folder: they compute the same plan, and
@@ -14,11 +15,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from voxtral_dist import atomic
 from voxtral_dist.audio_file import SAMPLE_RATE, AudioError, to_flac
@@ -27,11 +26,10 @@ from voxtral_dist.jsonl import BadRow, ScannedRow, audio_file, audio_reason, fil
 from voxtral_dist.jsonl_check import FileReport, check
 from voxtral_dist.pack_plan import SHARD_BYTES, DataSetPlan, PackPlan, ShardPlan, make_plan
 from voxtral_dist.shard_format import Example, example_key, make_manifest, write_shard
-from voxtral_dist.shards import MANIFEST
+from voxtral_dist.shards import MANIFEST, REJECTS
+from voxtral_dist.workers import Tick, run_jobs
 
 __all__ = ["BadRow", "FileReport", "ScannedRow", "check", "pack", "scan"]
-
-REJECTS = "rejects.jsonl"
 
 Marker = dict[str, Any]
 
@@ -47,6 +45,7 @@ def pack(
     finalize: bool = True,
     wait: bool = False,
     max_reject_rate: float = 0.0,
+    workers: int = 1,
     progress: bool = False,
 ) -> list[Path]:
     """Pack JSONL files into one data set per task; what is finished and unchanged is left alone.
@@ -61,6 +60,7 @@ def pack(
         finalize: publish the manifests; needs the shards of all slices.
         wait: wait for the shards of the other slices and let slice 0 publish; else a missing one is an error.
         max_reject_rate: share of bad rows, 0 to 1, up to which a data set is published without them.
+        workers: processes that build shards on this machine; the bytes do not depend on it.
         progress: show a progress bar.
 
     Returns:
@@ -69,6 +69,7 @@ def pack(
     Raises:
         UserError: wrong input; too many bad rows (``rejects.jsonl`` lists them, no manifest is written); a
             row of an unclear task, or with an id that occurs twice; missing shards.
+        VoxtralDistError: a file cannot be read or written, a worker died; names the row at hand.
     """
     plan = make_plan(
         files,
@@ -78,9 +79,10 @@ def pack(
         shard_bytes=shard_bytes,
         progress=progress,
     )
+    _spare_foreign(plan)
     _judge(plan, {data_set.task: data_set.rejects for data_set in plan.data_sets}, max_reject_rate)
     if slice_ is not None:
-        _build_slice(plan, slice_, progress)
+        _build_slice(plan, slice_, workers, progress)
     if finalize:
         markers = _collect(plan, wait)
         rejects = {d.task: plan.in_order([*d.rejects, *_late_rejects(d, markers)]) for d in plan.data_sets}
@@ -91,34 +93,39 @@ def pack(
     return [data_set.folder for data_set in plan.data_sets]
 
 
-def _build_slice(plan: PackPlan, slice_: tuple[int, int], progress: bool) -> None:
-    """Phase 2. The old manifest goes before the first shard changes: it never describes a mixture."""
+def _spare_foreign(plan: PackPlan) -> None:
+    """Refuse a folder whose tars are someone else's."""
+    for data_set in plan.data_sets:
+        path = data_set.folder / MANIFEST
+        if (_published(path) or {}).get("foreign"):
+            raise UserError(
+                f"{path}: these tars were indexed, not built, here; give another --out or --split"
+            )
+
+
+def _build_slice(plan: PackPlan, slice_: tuple[int, int], workers: int, progress: bool) -> None:
     shards = [shard for data_set in plan.data_sets for shard in data_set.shards][slice_[0] :: slice_[1]]
     total = sum(len(shard.rows) for shard in shards)
-    with tqdm(total=total, desc="pack", unit="row", disable=not progress) as bar:
-        for shard in shards:
-            if _valid_marker(shard):
-                bar.update(len(shard.rows))
-                continue
-            shard.folder.mkdir(parents=True, exist_ok=True)
-            atomic.sweep(shard.folder)
-            (shard.folder / MANIFEST).unlink(missing_ok=True)
-            _build_shard(shard, bar.update)
+    run_jobs(_build_shard, shards, workers=workers, desc="pack", unit="row", total=total, progress=progress)
 
 
-def _build_shard(shard: ShardPlan, tick: Callable[[int], Any]) -> Marker:
+def _build_shard(shard: ShardPlan, tick: Tick) -> None:
+    """Build one shard. The old manifest goes before it changes: a manifest never describes a mixture."""
+    if not _valid_marker(shard):
+        shard.folder.mkdir(parents=True, exist_ok=True)
+        atomic.sweep(shard.folder)
+    if _valid_marker(shard):  # asked again: another builder of the same data may have come first
+        tick(shard.stem, len(shard.rows))
+        return
+    (shard.folder / MANIFEST).unlink(missing_ok=True)
     rejects: list[dict[str, Any]] = []
-    return write_shard(
-        shard.folder, shard.stem, _examples(shard, rejects, tick), build=shard.build, rejects=rejects
-    )
+    write_shard(shard.folder, shard.stem, _examples(shard, rejects, tick), build=shard.build, rejects=rejects)
 
 
-def _examples(
-    shard: ShardPlan, rejects: list[dict[str, Any]], tick: Callable[[int], Any]
-) -> Iterator[Example]:
+def _examples(shard: ShardPlan, rejects: list[dict[str, Any]], tick: Tick) -> Iterator[Example]:
     """The shard's examples; a row whose audio is unusable goes to ``rejects`` instead."""
     for ordinal, scanned in shard.rows:
-        tick(1)
+        tick(scanned.place.where)
         row, key = load_row(scanned), example_key(scanned.task, ordinal)
         if scanned.audio is None:
             yield key, {**row, "duration": 0.0}, None, 0
@@ -251,4 +258,4 @@ def _remove_strangers(data_set: DataSetPlan) -> None:
     for path in data_set.folder.iterdir():
         match = pattern.match(path.name)
         if match and match.group() not in stems:
-            path.unlink()
+            path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import json
 import re
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,14 +23,12 @@ from safetensors.numpy import save
 from voxtral_dist import atomic
 from voxtral_dist.audio_file import SAMPLE_RATE
 from voxtral_dist.errors import UserError
+from voxtral_dist.tar_members import BLOCK_BYTES
 
 SCHEMA = "voxtral-dist/shards/1"
 KEY_PATTERN = re.compile(r"[a-z0-9_]+_\d{12}")
 MAX_JSON_BYTES = 4 << 20
 MAX_AUDIO_BYTES = 128 << 20
-BLOCK_BYTES = 512
-"""A tar member is one block of header and its content, padded to blocks."""
-
 INDEX_COLUMNS = {
     "json_offset": np.uint64,
     "json_size": np.uint32,
@@ -79,32 +78,82 @@ def write_shard(
     Returns:
         The marker.
     """
-    (folder / f"{stem}.json").unlink(missing_ok=True)  # first: a marker never describes another tar
+    _drop_marker(folder / f"{stem}.json", build)  # first: a marker never describes another tar
     with atomic.replacing(folder / f"{stem}.tar") as file:
         tar = _TarWriter(file)
-        keys, entries = [], []
+        contents, entries = Contents(), []
         for key, row, audio, n_samples in examples:
-            keys.append(key)
+            contents.add(key, row, n_samples)
             entries.append({**_add_example(tar, key, row, audio), "n_samples": n_samples})
         tar.close()
-    columns = {name: np.array([e[name] for e in entries], dtype) for name, dtype in INDEX_COLUMNS.items()}
+    tar_fields = {"name": f"{stem}.tar", "bytes": tar.offset, "sha256": tar.sha256.hexdigest()}
+    about = {**tar_fields, "rejects": list(rejects), "build": build}
+    return write_sidecars(folder, entries, INDEX_COLUMNS, {**about, **contents.fields()})
+
+
+def _drop_marker(path: Path, build: str) -> None:
+    """Remove a marker unless it is of the same bytes: then another builder has just finished this very shard."""
+    try:
+        marker = json.loads(path.read_bytes())
+        same = bool(build) and marker["build"] == build and not marker["rejects"]
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        path.unlink(missing_ok=True)
+
+
+def write_sidecars(
+    folder: Path,
+    entries: Sequence[Mapping[str, int]],
+    schema: Mapping[str, Any],
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write index and commit marker of a tar that is there.
+
+    Args:
+        folder: where the tar lies.
+        entries: the columns of each example, in the order of the tar.
+        schema: type of each column.
+        about: the fields of the marker but those of the index.
+
+    Returns:
+        The marker.
+    """
+    columns = {name: np.array([e[name] for e in entries], dtype) for name, dtype in schema.items()}
     index = columns_bytes(columns, {"schema": SCHEMA})
-    atomic.write_bytes(folder / f"{stem}.idx", index)
-    marker = {
-        "schema": SCHEMA,
-        "name": f"{stem}.tar",
-        "examples": len(entries),
-        "bytes": tar.offset,
-        "sha256": tar.sha256.hexdigest(),
-        "index_bytes": len(index),
-        "index_sha256": hashlib.sha256(index).hexdigest(),
-        "audio_seconds": sum(entry["n_samples"] for entry in entries) / SAMPLE_RATE,
-        "key_range": [min(keys), max(keys)] if keys else [],
-        "rejects": list(rejects),
-        "build": build,
-    }
-    atomic.write_json(folder / f"{stem}.json", marker)
+    path = folder / about["name"]
+    atomic.write_bytes(path.with_suffix(".idx"), index)
+    hashes = {"index_bytes": len(index), "index_sha256": hashlib.sha256(index).hexdigest()}
+    marker = {"schema": SCHEMA, **about, **hashes}
+    atomic.write_json(path.with_suffix(".json"), marker)
     return marker
+
+
+class Contents:
+    """What a marker says about the examples of a shard; :meth:`fields` after :meth:`add` for each of them."""
+
+    def __init__(self) -> None:
+        self._keys: list[str] = []
+        self._samples = 0
+        self._languages: Counter[str] = Counter()
+        self._domains: Counter[str] = Counter()
+
+    def add(self, key: str, row: Mapping[str, Any], n_samples: int) -> None:
+        """Count one example of ``n_samples`` 16 kHz samples."""
+        self._keys.append(key)
+        self._samples += n_samples
+        self._languages[str(row.get("language") or "").lower()] += 1
+        self._domains[str(row.get("domain") or "")] += 1
+
+    def fields(self) -> dict[str, Any]:
+        """``examples``, ``audio_seconds``, ``key_range``, ``languages`` and ``domains`` of a marker."""
+        return {
+            "examples": len(self._keys),
+            "audio_seconds": self._samples / SAMPLE_RATE,
+            "key_range": [min(self._keys), max(self._keys)] if self._keys else [],
+            "languages": dict(self._languages),
+            "domains": dict(self._domains),
+        }
 
 
 def make_manifest(
@@ -128,6 +177,14 @@ def make_manifest(
 def fingerprint(task: str, shards: Sequence[Mapping[str, Any]]) -> str:
     """SHA-256, hex, over schema, task and the hashes of the tars in order: the identity of a data set."""
     return hashlib.sha256(json.dumps([SCHEMA, task, [s["sha256"] for s in shards]]).encode()).hexdigest()
+
+
+def file_sha256(file: BinaryIO) -> str:
+    """SHA-256, hex, of an open file from where it stands."""
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def columns_bytes(columns: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
@@ -158,6 +215,18 @@ def read_columns(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     return columns, metadata
 
 
+def member_header(name: str, size: int) -> bytes:
+    """The header block of a member of ours: nothing in it but name and size differs."""
+    header = tarfile.TarInfo(name)
+    header.size = size
+    return header.tobuf(tarfile.USTAR_FORMAT)
+
+
+def archive_bytes(end: int) -> int:
+    """Size of a tar of ours whose last member ends at byte ``end``: two empty blocks more, up to a record."""
+    return -(-(end + 2 * BLOCK_BYTES) // _RECORD_BYTES) * _RECORD_BYTES
+
+
 class _TarWriter:
     """Plain USTAR: integer times, no owner, mode 0644, so that a member costs one header block."""
 
@@ -166,16 +235,13 @@ class _TarWriter:
 
     def add(self, name: str, data: bytes) -> int:
         """Append one member; returns the offset of its content."""
-        header = tarfile.TarInfo(name)
-        header.size = len(data)
         content = self.offset + BLOCK_BYTES
-        self._write(header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK_BYTES))
+        self._write(member_header(name, len(data)) + data + bytes(-len(data) % BLOCK_BYTES))
         return content
 
     def close(self) -> None:
         """Two empty blocks end the archive, rounded up to a record."""
-        end = 2 * BLOCK_BYTES
-        self._write(bytes(end + -(self.offset + end) % _RECORD_BYTES))
+        self._write(bytes(archive_bytes(self.offset) - self.offset))
 
     def _write(self, data: bytes) -> None:
         self.file.write(data)

@@ -3,20 +3,15 @@
     asr-train-000000.tar  .idx  .json      asr-train-000001.tar  .idx  .json      manifest.json
 
 Any example is read by its number, with one ``pread`` and a checksum. How the files are written is in
-:mod:`voxtral_dist.shard_format`, from what in :mod:`voxtral_dist.packing`.
+:mod:`voxtral_dist.shard_format`, from what in :mod:`voxtral_dist.packing`. The tars may also be *foreign*, written by
+someone else and indexed where they lie (:mod:`voxtral_dist.foreign`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
-import tarfile
-import weakref
-import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,50 +19,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxtral_dist.errors import BadSamplesError, UserError
+from voxtral_dist.errors import UserError
 from voxtral_dist.sample import Sample
-from voxtral_dist.shard_format import (
-    BLOCK_BYTES,
-    KEY_PATTERN,
-    MAX_AUDIO_BYTES,
-    MAX_JSON_BYTES,
-    SCHEMA,
-    fingerprint,
-    read_columns,
-    write_shard,
-)
+from voxtral_dist.shard_format import SCHEMA, fingerprint, write_shard
+from voxtral_dist.shard_reader import INTERNAL_FIELDS, CorruptSampleError, Reader, Record, verified_index
 from voxtral_dist.tasks import parse_row
 
 __all__ = ["MANIFEST", "CorruptSampleError", "Record", "ShardSet", "sample_from_row", "write_shard"]
 
 MANIFEST = "manifest.json"
+REJECTS = "rejects.jsonl"
+
+FOREIGN_TAR_NAME = re.compile(r"(?!\.)[^/\\:\x00-\x1f]+\.tar")
+"""Plain file names; webdataset would take one with a colon for a URL, and run a ``pipe:`` one."""
 
 _TAR_NAME = re.compile(r"[a-z0-9_]+-[A-Za-z0-9_]+-\d{6}\.tar")
-_INTERNAL_FIELDS = frozenset(("source", "duration"))
-
-
-class CorruptSampleError(BadSamplesError):
-    """The stored bytes of one example are not those that were written.
-
-    Attributes:
-        shard: file name of the tar.
-        key: key of the example, or ``example <n>`` where the key itself is unreadable.
-    """
-
-    def __init__(self, shard: str, key: str, reason: str) -> None:
-        super().__init__(
-            f"{shard}: {key}: {reason}; the shard is damaged: delete it and run build_shards again"
-        )
-        self.shard, self.key = shard, key
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One stored example: its key, its row, its FLAC bytes (None for a text task)."""
-
-    key: str
-    row: dict[str, Any]
-    audio: bytes | None
 
 
 class ShardSet:
@@ -76,8 +42,10 @@ class ShardSet:
     Attributes:
         folder: where it lies.
         task, split: what it holds.
+        foreign: whether the tars are someone else's, indexed where they lie.
         fingerprint: identity of the contents, hex.
         audio_seconds: audio of all examples together.
+        bytes: size of all tars together.
         shard_names: file names of the tars, in order.
         shard_sha256: their hashes, hex.
         shard_sizes: examples in each, shape (shards,), int64.
@@ -88,8 +56,10 @@ class ShardSet:
         shards = manifest["shards"]
         self.folder = folder
         self.task, self.split = str(manifest["task"]), str(manifest["split"])
+        self.foreign = bool(manifest.get("foreign"))
         self.fingerprint = str(manifest["fingerprint"])
         self.audio_seconds = float(manifest["audio_seconds"])
+        self.bytes = sum(int(shard["bytes"]) for shard in shards)
         self.shard_names = [str(shard["name"]) for shard in shards]
         self.shard_sha256 = [str(shard["sha256"]) for shard in shards]
         self.shard_sizes = np.array([shard["examples"] for shard in shards], dtype=np.int64)
@@ -104,11 +74,11 @@ class ShardSet:
             UserError: no manifest, a damaged or foreign one, or a shard that is missing or of another size.
         """
         folder = Path(folder)
-        manifest = _read_manifest(folder / MANIFEST)
+        manifest = read_manifest(folder / MANIFEST)
         for shard in manifest["shards"]:
             tar = folder / shard["name"]
-            _check_size(tar, shard["bytes"])
-            _check_size(tar.with_suffix(".idx"), shard["index_bytes"])
+            check_size(tar, shard["bytes"])
+            check_size(tar.with_suffix(".idx"), shard["index_bytes"])
         return cls(folder, manifest)
 
     def __len__(self) -> int:
@@ -117,9 +87,13 @@ class ShardSet:
     @cached_property
     def n_samples(self) -> NDArray[np.uint32]:
         """16 kHz samples of each example, shape (examples,); 0 for text."""
+        return self.column("n_samples")
+
+    def column(self, name: str) -> NDArray[np.uint32]:
+        """A column of the index over all shards, shape (examples,). Raises :class:`UserError` if one is damaged."""
         columns = [np.zeros(0, np.uint32)]
-        for name, sha256 in zip(self.shard_names, self._index_sha256, strict=True):
-            columns.append(np.array(_verified_index(self.folder / name, sha256)["n_samples"]))
+        for shard, sha256 in zip(self.shard_names, self._index_sha256, strict=True):
+            columns.append(np.array(verified_index(self.folder / shard, sha256)[name]))
         return np.concatenate(columns)
 
     def read(self, index: int) -> Record:
@@ -140,93 +114,36 @@ class ShardSet:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.folder} has {len(self)} examples, there is no number {index}")
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        tar, hashes = (
-            self.folder / self.shard_names[shard],
-            (self.shard_sha256[shard], self._index_sha256[shard]),
-        )
-        return _reader(tar, *hashes).example(index - int(self.starts[shard]), with_audio)
+        return self.reader(shard).example(index - int(self.starts[shard]), with_audio)
+
+    def reader(self, shard: int) -> Reader:
+        """The open shard number ``shard``; :class:`UserError` if its index is damaged."""
+        hashes = (self.shard_sha256[shard], self._index_sha256[shard])
+        return _reader(self.folder / self.shard_names[shard], *hashes, self.task if self.foreign else "")
 
 
 def sample_from_row(row: Mapping[str, Any]) -> Sample:
     """The :class:`Sample` of a stored row."""
-    public = {key: value for key, value in row.items() if key not in _INTERNAL_FIELDS}
+    public = {key: value for key, value in row.items() if key not in INTERNAL_FIELDS}
     return parse_row(public, str(row.get("source", "")), str(row.get("id", "")))
 
 
-class _Reader:
-    """One open shard. Its descriptor closes with the last reference: evicted while in use, it stays valid."""
-
-    def __init__(self, tar: Path, index_sha256: str) -> None:
-        self.name = tar.name
-        self.columns = _verified_index(tar, index_sha256)
-        self.descriptor = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self.descriptor)
-
-    def example(self, at: int, with_audio: bool) -> Record:
-        """Example number ``at`` of the shard, checked against the index."""
-        entry = {name: int(values[at]) for name, values in self.columns.items()}
-        with_audio = with_audio and entry["audio_size"] > 0
-        span = self._span(entry, with_audio, f"example {at}")
-        key, data = self._member(span, 0, entry["json_size"], ".json", f"example {at}")
-        if zlib.crc32(data) != entry["json_crc32"]:
-            raise CorruptSampleError(self.name, key, "the checksum of its JSON does not match")
-        if not with_audio:
-            return Record(key, json.loads(data), None)
-        offset = entry["audio_offset"] - entry["json_offset"]
-        audio_key, audio = self._member(span, offset, entry["audio_size"], ".flac", key)
-        if audio_key != key or zlib.crc32(audio, entry["json_crc32"]) != entry["crc32"]:
-            raise CorruptSampleError(self.name, key, "the checksum of its audio does not match")
-        return Record(key, json.loads(data), audio)
-
-    def _span(self, entry: Mapping[str, int], with_audio: bool, label: str) -> bytes:
-        """The bytes from the header of the JSON member to the end of the last member wanted."""
-        last = "audio" if with_audio else "json"
-        start = entry["json_offset"] - BLOCK_BYTES
-        size = entry[f"{last}_offset"] + entry[f"{last}_size"] - start
-        if start < 0 or not BLOCK_BYTES <= size <= MAX_JSON_BYTES + MAX_AUDIO_BYTES:
-            raise CorruptSampleError(self.name, label, f"{size} bytes at {start} are outside the limits")
-        return os.pread(self.descriptor, size, start)
-
-    def _member(self, span: bytes, offset: int, size: int, suffix: str, label: str) -> tuple[str, bytes]:
-        """Key and content of the member whose header stands at ``offset`` of ``span``."""
-        data = span[offset + BLOCK_BYTES : offset + BLOCK_BYTES + size]
-        try:
-            header = tarfile.TarInfo.frombuf(span[offset : offset + BLOCK_BYTES], "utf-8", "strict")
-        except (tarfile.HeaderError, ValueError):
-            raise CorruptSampleError(self.name, label, "no tar header where the index points") from None
-        key = header.name.removesuffix(suffix)
-        if key == header.name or not KEY_PATTERN.fullmatch(key) or not header.isreg():
-            raise CorruptSampleError(
-                self.name, label, f"member {header.name!r} stands where KEY{suffix} belongs"
-            )
-        if header.size != size or len(data) != size:
-            raise CorruptSampleError(self.name, key, f"the size of its {suffix} member does not match")
-        return key, data
-
-
 @lru_cache(maxsize=256)
-def _reader(tar: Path, sha256: str, index_sha256: str) -> _Reader:
+def _reader(tar: Path, sha256: str, index_sha256: str, foreign_task: str) -> Reader:
     """The reader of a shard: two descriptors each, so at most 512. The hashes tell a rebuilt shard apart."""
-    return _Reader(tar, index_sha256)
+    return Reader(tar, index_sha256, foreign_task)
 
 
-def _verified_index(tar: Path, sha256: str) -> dict[str, NDArray[Any]]:
-    path = tar.with_suffix(".idx")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise UserError(
-            f"{path}: damaged, its hash is not the manifest's; delete it and run build_shards again"
-        )
-    return read_columns(path)[0]
-
-
-def _check_size(path: Path, size: int) -> None:
+def check_size(path: Path, size: int) -> None:
+    """Raise :class:`UserError` unless the file is there and has ``size`` bytes."""
     found = path.stat().st_size if path.is_file() else None
     if found != size:
         state = "is missing" if found is None else f"has {found} bytes where the manifest says {size}"
         raise UserError(f"{path} {state}; run build_shards again, it rebuilds what is damaged")
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a data set; :class:`UserError` if there is none, or a damaged or foreign one."""
     if not path.is_file():
         raise UserError(f"{path.parent}: no manifest: not a finished data set, run build_shards")
     try:
@@ -237,7 +154,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             )
         shards = manifest["shards"]
         whole = manifest["fingerprint"] == fingerprint(manifest["task"], shards)
-        whole &= all(_TAR_NAME.fullmatch(shard["name"]) is not None for shard in shards)
+        pattern = FOREIGN_TAR_NAME if manifest.get("foreign") else _TAR_NAME
+        whole &= all(pattern.fullmatch(shard["name"]) is not None for shard in shards)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: damaged manifest ({error!r}); delete it and run build_shards again"

@@ -9,27 +9,20 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from transformers import VoxtralConfig
 
 from voxtral_dist.errors import UserError
 from voxtral_dist.micro_batches import Caps, cut
-from voxtral_dist.plan import (
-    CostModel,
-    GlobalPlan,
-    Step,
-    TaskStream,
-    equal_cost_shares,
-    parse_task_caps,
-    parse_weights,
-    share_balance,
-    split_draws,
-)
+from voxtral_dist.mix import parse_task_caps, parse_weights, split_draws
+from voxtral_dist.plan import GlobalPlan, Step, TaskStream
+from voxtral_dist.shares import CostModel, equal_cost_shares, share_balance
 
 
 def small_plan(
     sizes: list[list[int]], weights: list[int] | None = None, n: int = 8, draws: int = 100, seed: int = 0
 ) -> GlobalPlan:
-    streams = tuple(TaskStream(tag, shards) for tag, shards in enumerate(sizes))
-    return GlobalPlan(streams, tuple(weights or [1] * len(sizes)), seed, n, draws)
+    streams = tuple(TaskStream.of(tag, shards) for tag, shards in enumerate(sizes))
+    return GlobalPlan.single(streams, weights or [1] * len(sizes), seed, n, draws)
 
 
 def pairs(step: Step) -> list[tuple[int, int]]:
@@ -54,7 +47,7 @@ def test_mix_is_exact_for_ever(count: int, weights: list[int]) -> None:
 def test_every_task_epoch_is_a_permutation(sizes: list[int], seed: int, data: st.DataObject) -> None:
     total = sum(sizes)
     accepted = np.array(data.draw(st.lists(st.booleans(), min_size=total, max_size=total).filter(any)))
-    stream = TaskStream(1, sizes, accepted)
+    stream = TaskStream.of(1, sizes, accepted)
     expected = np.flatnonzero(accepted).tolist()
     for epoch in range(3):
         draws = stream.draws(seed, epoch * len(stream), (epoch + 1) * len(stream)).tolist()
@@ -65,7 +58,7 @@ def test_every_task_epoch_is_a_permutation(sizes: list[int], seed: int, data: st
 
 
 def test_epochs_differ_and_shards_mix() -> None:
-    stream = TaskStream(0, [50] * 4)
+    stream = TaskStream.of(0, [50] * 4)
     first, second = stream.draws(0, 0, 200).tolist(), stream.draws(0, 200, 400).tolist()
     assert first != second and first != sorted(first)
     assert len({example // 50 for example in first[:20]}) > 1
@@ -83,7 +76,7 @@ def test_any_world_size_consumes_the_same_draws(world_size: int, n: int, seed: i
         assert len(shares) == world_size
         assert sorted(np.concatenate(shares).tolist()) == list(range(len(step)))
         consumed += pairs(step)
-    whole = GlobalPlan(plan.streams, plan.weights, seed, 90, 90).step(0)
+    whole = GlobalPlan.single(plan.streams, plan.segments[0].weights, seed, 90, 90).step(0)
     assert sorted(consumed) == pairs(whole)
 
 
@@ -150,14 +143,18 @@ def test_no_rank_always_gets_the_largest() -> None:
     st.lists(st.tuples(st.integers(0, 2), st.integers(1, 50)), max_size=40),
     st.integers(1, 8),
     st.integers(1, 200),
+    st.booleans(),
 )
-def test_micro_batches_keep_their_caps(rows: list[tuple[int, int]], most_rows: int, most_tokens: int) -> None:
-    tasks, lengths = np.array([r[0] for r in rows], np.int64), np.array([r[1] for r in rows], np.int64)
-    batches = cut(tasks, lengths, Caps(most_rows, most_tokens, {1: 2}))
+def test_micro_batches_keep_their_caps(
+    rows: list[tuple[int, int]], most_rows: int, most_tokens: int, packed: bool
+) -> None:
+    tasks, lengths = (np.array([row[i] for row in rows], np.int64) for i in range(2))
+    batches = cut(tasks, lengths, Caps(most_rows, most_tokens, {1: 2}, packed))
     assert sorted(i for batch in batches for i in batch.tolist()) == list(range(len(rows)))
     for batch in batches:
-        assert len(batch) <= most_rows and (tasks[batch] == 1).sum() <= 2
-        assert len(batch) == 1 or len(batch) * lengths[batch].max() <= most_tokens
+        assert (tasks[batch] == 1).sum() <= 2 and (packed or len(batch) <= most_rows)
+        size = lengths[batch].sum() if packed else len(batch) * lengths[batch].max()
+        assert len(batch) == 1 or size <= most_tokens
 
 
 @pytest.mark.parametrize(
@@ -181,3 +178,17 @@ def test_task_caps() -> None:
     for bad in ("asr", "asr=0", "asr=x", "sqa=1"):
         with pytest.raises(UserError, match="--task_batch_sizes"):
             parse_task_caps(bad, ["asr", "tqa"])
+
+
+def test_cost_model_counts_the_flops_of_the_released_models() -> None:
+    """Per token of 4 x 3.209 GFLOP: 2.274 + 0.038 TFLOP a chunk (torch's FlopCounter), 0.861 MFLOP a squared token."""
+    mini = CostModel.from_config(VoxtralConfig())
+    assert mini.chunk == pytest.approx(1000 * 2.312e12 / 12.835e9, rel=1e-3)
+    assert mini.squared_tokens_per_million == pytest.approx(1e9 * 0.861e6 / 12.835e9, rel=1e-3)
+    assert mini.label == pytest.approx(CostModel().label, rel=0.01)
+    sizes = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim".split()
+    small = dict(zip(sizes, (5120, 32768, 40, 32, 8, 128), strict=True)) | {
+        "model_type": "llama",
+        "vocab_size": 131072,
+    }
+    assert CostModel.from_config(VoxtralConfig(text_config=small)).chunk == pytest.approx(26_456, rel=1e-3)

@@ -226,7 +226,7 @@ def test_run_directory(by_deepspeed: Path, demo: Demo) -> None:
     assert read(by_deepspeed / "exit_status.json") == {"exit_code": 0, "message": "done"}
     config = yaml.safe_load((by_deepspeed / "config.yaml").read_text())
     assert (config["model_id"], config["seed"], config["learning_rate"]) == (str(demo.model), 7, 3e-3)
-    assert read(by_deepspeed / "identity.json")["global_batch_size"] == BATCH
+    assert final_state(by_deepspeed)["plan"]["segments"][0]["global_batch_size"] == BATCH
     assert read(by_deepspeed / "environment.json")["packages"]["torch"] == torch.__version__
     for step in (4, STEPS):
         folder = checkpoint.step_dir(by_deepspeed, step)

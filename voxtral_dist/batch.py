@@ -1,7 +1,10 @@
 """The micro-batch: what the collator hands to the model, as tensors with every index worked out beforehand.
 
-B rows, L positions, C audio chunks, P label positions. Rows are padded on the right, so the causal mask alone
-keeps padding out and no attention mask is needed.
+B rows, L positions, C audio chunks, P label positions. Two forms that give the same loss and gradient:
+
+- padded: an example per row, padded on the right, so that the causal mask alone keeps padding out;
+- packed: one row of several examples without padding, whose positions start again at 0 with each example. Attention
+  must then stay within an example.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ class MicroBatch:
     """Tensors of one forward pass, and what it holds.
 
     Attributes:
-        input_ids: int64 [B, L], padded on the right.
+        input_ids: int64 [B, L].
+        position_ids: int64 [1, L] in the packed form, None in the padded form.
         audio: float32 [C, mel bins, frames] log-mel chunks in row order, or None without audio.
         audio_index: int64 [C x tokens per chunk], flat positions (row * L + column) of the ``[AUDIO]`` slots.
         label_index: int64 [P], flat positions whose hidden state predicts a label: one left of the label.
@@ -29,10 +33,12 @@ class MicroBatch:
         samples: number of examples.
         tokens: number of positions that are not padding.
         audio_seconds: seconds of audio, without padding.
+        draw_hash: sum of :func:`voxtral_dist.plan.draw_hashes` over its examples, for the audit.
         bad_samples: names of samples that could not be read; their labels weigh nothing.
     """
 
     input_ids: torch.Tensor
+    position_ids: torch.Tensor | None
     audio: torch.Tensor | None
     audio_index: torch.Tensor
     label_index: torch.Tensor
@@ -44,6 +50,7 @@ class MicroBatch:
     samples: int
     tokens: int
     audio_seconds: float
+    draw_hash: int = 0
     bad_samples: list[str] = dataclasses.field(default_factory=list)
 
     @property

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from voxtral_dist import adapter, distributed, optimizer_state
-from voxtral_dist.atomic import write_bytes, write_json
+from voxtral_dist.atomic import flush, write_bytes, write_json
 from voxtral_dist.engine import TrainEngine
 from voxtral_dist.errors import NoCheckpointError, UserError, VoxtralDistError
 
@@ -103,7 +103,7 @@ def _write(target: Path, engine: TrainEngine, tensors: dict[str, Any], state: di
         write_json(temporary / STATE, state)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         for path in files:
-            _flush(path)
+            flush(path)
         entries = {
             str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files
         }
@@ -114,18 +114,10 @@ def _write(target: Path, engine: TrainEngine, tensors: dict[str, Any], state: di
         if target.exists():
             shutil.rmtree(target)
         os.rename(temporary, target)
-        _flush(target.parent)
+        flush(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:
@@ -176,9 +168,15 @@ def newest_whole(run_dir: Path) -> Path | None:
     return run_dir / "checkpoints" / found if found else None
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """The trainer state of a whole checkpoint."""
+    state: dict[str, Any] = json.loads((path / STATE).read_text("utf-8"))
+    return state
+
+
 def load(path: Path, engine: TrainEngine) -> dict[str, Any]:
     """Put a whole checkpoint into model and optimizer, and return its trainer state. Every rank calls it."""
-    state: dict[str, Any] = json.loads((path / STATE).read_text("utf-8"))
+    state = read_state(path)
     adapter.load_weights(engine.model.model, path / ADAPTER)
     optimizer_state.restore(engine, load_file(path / OPTIMIZER), state["adam_step"])
     return state

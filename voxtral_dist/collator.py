@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import torch
 
@@ -56,32 +57,40 @@ class Collator:
         audio_tokens = int(self.spec.chunks(n_samples)) * self.spec.tokens_per_chunk
         return prompt_ids(sample, self.vocabulary, audio_tokens, self.spoken_question)
 
-    def train_batch(self, examples: Sequence[Example], first_draw: int) -> MicroBatch:
-        """Rows of prompt, target and ``</s>``, padded on the right; labels on target and ``</s>`` alone."""
+    def train_batch(self, examples: Sequence[Example], first_draw: int, packed: bool = False) -> MicroBatch:
+        """Prompt, target and ``</s>`` of each example; labels on target and ``</s>`` alone.
+
+        Args:
+            examples: at least one.
+            first_draw: see :class:`MicroBatch`.
+            packed: put them into one row one behind the other, else one per row with padding on the right.
+        """
         prompts = [self.prompt(example.sample, example.n_samples) for example in examples]
         targets = [target_ids(example.sample.target, self.vocabulary) for example in examples]
-        input_ids = self.pad([p + t for p, t in zip(prompts, targets, strict=True)])
-        width = input_ids.shape[1]
+        rows = [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
+        lengths = [len(row) for row in rows]
+        input_ids = torch.tensor([list(chain(*rows))]) if packed else self.pad(rows)
+        starts = (
+            [0, *accumulate(lengths)] if packed else [row * input_ids.shape[1] for row in range(len(rows))]
+        )
         label_index: list[int] = []
-        label_task: list[int] = []
-        label_weight: list[float] = []
-        for row, (example, prompt, target) in enumerate(zip(examples, prompts, targets, strict=True)):
-            start = row * width + len(prompt) - 1
-            label_index += range(start, start + len(target))
-            label_task += [example.task] * len(target)
-            label_weight += [example.weight] * len(target)
+        for start, prompt, target in zip(starts, prompts, targets, strict=False):
+            first = start + len(prompt) - 1
+            label_index += range(first, first + len(target))
+        counts = torch.tensor([len(target) for target in targets])
         return MicroBatch(
             input_ids=input_ids,
+            position_ids=torch.cat([torch.arange(n) for n in lengths])[None] if packed else None,
             audio=self.stack_audio(examples),
             audio_index=self.audio_slots(input_ids),
             label_index=torch.tensor(label_index),
-            labels=torch.tensor([token for target in targets for token in target]),
-            label_task=torch.tensor(label_task),
-            label_weight=torch.tensor(label_weight),
+            labels=torch.tensor(list(chain(*targets))),
+            label_task=torch.tensor([example.task for example in examples]).repeat_interleave(counts),
+            label_weight=torch.tensor([example.weight for example in examples]).repeat_interleave(counts),
             first_draw=first_draw,
             keys=[example.key for example in examples],
             samples=len(examples),
-            tokens=sum(len(p) + len(t) for p, t in zip(prompts, targets, strict=True)),
+            tokens=sum(lengths),
             audio_seconds=sum(example.n_samples for example in examples) / SAMPLE_RATE,
             bad_samples=[f"{example.key}: {example.error}" for example in examples if example.error],
         )

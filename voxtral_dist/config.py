@@ -86,6 +86,7 @@ class TrainConfig(DataConfig):
         max_steps: optimizer steps; 0: as --epochs says
         max_overlong_rate: share of training examples above --max_len that may be left out
         max_tokens_per_micro_batch: padded positions of one forward pass; 0: per_device_bsz x max_len
+        packed: put several examples into one row instead of padding; the loss and the gradient are the same
         task_weights: share of examples per task, '1.0,1.5,1.2' in the order asr,sqa,tqa or 'asr=1,tqa=2';
             empty: in proportion to the number of examples
         task_batch_sizes: at most k examples of a task in a micro-batch, 'asr=4,sqa=2,tqa=8'
@@ -107,6 +108,7 @@ class TrainConfig(DataConfig):
         save_total_limit: checkpoints kept besides the best one
         max_skipped_steps: give up after so many steps in a row with a non-finite loss or gradient
         resume: 'auto': go on from the newest checkpoint of the output directory; 'none': it must hold no run
+        allow_change: what may differ from the run that goes on: weights, global_batch, data (added behind the old)
         ds_config: DeepSpeed JSON to use instead of the built-in ZeRO-2 settings (see ds_configs/)
         dry_run: print the plan, ten decoded prompts with their label masks, balance and memory, and stop
     """
@@ -119,6 +121,7 @@ class TrainConfig(DataConfig):
     max_steps: int = 0
     max_overlong_rate: float = 0.01
     max_tokens_per_micro_batch: int = 0
+    packed: bool = False
     task_weights: str = ""
     task_batch_sizes: str = ""
     loss_norm: Literal["tokens", "examples", "tasks"] = "tokens"
@@ -139,6 +142,7 @@ class TrainConfig(DataConfig):
     save_total_limit: int = 3
     max_skipped_steps: int = 20
     resume: Literal["auto", "none"] = "auto"
+    allow_change: CommaList = ""
     ds_config: str = ""
     dry_run: bool = False
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from voxtral_dist import plan as planning
 from voxtral_dist.audio import log_mel
 from voxtral_dist.audio_file import AudioError, decode
 from voxtral_dist.batch import MicroBatch
@@ -21,9 +20,12 @@ from voxtral_dist.collator import Collator, Example
 from voxtral_dist.errors import UserError
 from voxtral_dist.lengths import token_lengths
 from voxtral_dist.micro_batches import Caps, cut
-from voxtral_dist.plan import CostModel, GlobalPlan, Int64, Step, TaskStream
+from voxtral_dist.mix import parse_task_caps, parse_weights
+from voxtral_dist.plan import ALGORITHM, GlobalPlan, Int64, Step, draw_hashes
+from voxtral_dist.plan_history import TaskSource, continue_history, describe, first_history
 from voxtral_dist.sample import Sample
 from voxtral_dist.shards import CorruptSampleError, ShardSet, sample_from_row
+from voxtral_dist.shares import CostModel, equal_cost_shares, share_balance
 from voxtral_dist.tasks import TASKS
 
 READ_AHEAD_STEPS = 2
@@ -70,6 +72,11 @@ class TaskData:
     def shard_sizes(self) -> list[int]:
         """Examples per shard over all sets."""
         return [int(size) for shards in self.sets for size in shards.shard_sizes]
+
+    @property
+    def shard_sha256(self) -> list[str]:
+        """Hash of each shard over all sets."""
+        return [sha256 for shards in self.sets for sha256 in shards.shard_sha256]
 
     def costs(self, examples: Int64, model: CostModel) -> Int64:
         """Integer cost of each of ``examples``."""
@@ -119,6 +126,11 @@ def open_tasks(
     return [TaskData(name, members, collator, slice_) for name, members in by_task.items() if members]
 
 
+def fingerprints(tasks: Sequence[TaskData]) -> dict[str, list[str]]:
+    """Identity of every data set, by task."""
+    return {task.name: [shards.fingerprint for shards in task.sets] for task in tasks}
+
+
 @dataclass(frozen=True)
 class TrainSettings:
     """What the flags of the same names decide of the training data."""
@@ -130,11 +142,13 @@ class TrainSettings:
     max_steps: int = 0
     max_overlong_rate: float = 0.01
     max_tokens_per_micro_batch: int = 0
+    packed: bool = False
     task_weights: str = ""
     task_batch_sizes: str = ""
     loss_norm: str = "tokens"
     num_workers: int = 2
     seed: int = 0
+    cost_model: CostModel = field(default_factory=CostModel)
 
 
 class TrainData:
@@ -144,25 +158,41 @@ class TrainData:
         tasks: from :func:`open_tasks`.
         collator: of the model.
         settings: see :class:`TrainSettings`.
+        saved: :attr:`history` of the checkpoint that the run goes on from, None at its beginning.
+        step: optimizer steps done.
+        allow: changes of the plan that may be made, of :data:`~voxtral_dist.plan_history.CHANGES`.
+
+    Attributes:
+        history: how the plan came about, for the checkpoint.
 
     Raises:
-        UserError: no example left, too many examples above ``max_len``, bad weights.
+        UserError: no example left, too many examples above ``max_len``, bad weights, a change that is not allowed.
     """
 
-    def __init__(self, tasks: Sequence[TaskData], collator: Collator, settings: TrainSettings) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[TaskData],
+        collator: Collator,
+        settings: TrainSettings,
+        *,
+        saved: Mapping[str, Any] | None = None,
+        step: int = 0,
+        allow: Collection[str] = (),
+    ) -> None:
         self.tasks = list(tasks)
         self.collator = collator
         self.settings = settings
-        self.cost_model = CostModel()
+        self.cost_model = settings.cost_model
         self.names = [task.name for task in self.tasks]
         self.overlong = {task.name: int((task.positions > settings.max_len).sum()) for task in self.tasks}
         self._check_lengths()
-        self.plan = self._make_plan()
-        caps = planning.parse_task_caps(settings.task_batch_sizes, self.names)
+        self.plan, self.history = self._make_plan(saved, step, allow)
+        caps = parse_task_caps(settings.task_batch_sizes, self.names)
         self.caps = Caps(
             rows=settings.per_device_bsz,
             tokens=settings.max_tokens_per_micro_batch or settings.per_device_bsz * settings.max_len,
             task_rows={self.names.index(name): cap for name, cap in caps.items()},
+            packed=settings.packed,
         )
 
     def _check_lengths(self) -> None:
@@ -177,30 +207,48 @@ class TrainData:
                     f"{self.settings.max_overlong_rate} allows; raise one of the two"
                 )
 
-    def _make_plan(self) -> GlobalPlan:
-        settings = self.settings
-        streams = tuple(
-            TaskStream(list(TASKS).index(task.name), task.shard_sizes, task.positions <= settings.max_len)
+    def _make_plan(
+        self, saved: Mapping[str, Any] | None, step: int, allow: Collection[str]
+    ) -> tuple[GlobalPlan, dict[str, Any]]:
+        settings, n = self.settings, self.settings.global_batch_size
+        sources = [
+            TaskSource(
+                task.name,
+                list(TASKS).index(task.name),
+                task.shard_sizes,
+                task.shard_sha256,
+                task.positions <= settings.max_len,
+            )
             for task in self.tasks
-        )
-        counts = [len(stream) for stream in streams]
-        draws = settings.max_steps * settings.global_batch_size or max(
-            1, round(settings.epochs * sum(counts))
-        )
-        weights = planning.parse_weights(settings.task_weights, self.names, counts)
-        return GlobalPlan(streams, weights, settings.seed, settings.global_batch_size, draws)
+        ]
+        counts = [int(source.accepted.sum()) for source in sources]
+        weights = parse_weights(settings.task_weights, self.names, counts)
+        if saved is None:
+            segments, generations = first_history(sources, weights, n)
+        else:
+            default_weights = () if settings.task_weights or "data" not in allow else ("weights",)
+            segments, generations = continue_history(
+                saved, step, sources, weights, n, {*allow, *default_weights}
+            )
+        last = segments[-1]
+        if settings.max_steps:
+            draws = last.start_draw + (settings.max_steps - last.start_step) * n
+        else:
+            draws = max(1, round(settings.epochs * sum(counts)))
+        streams = tuple(source.stream(generations[source.name]) for source in sources)
+        plan = GlobalPlan(streams, tuple(segments), settings.seed, draws)
+        return plan, describe(plan, generations)
 
     def identity(self) -> dict[str, Any]:
-        """What fixes the content of every step; a run goes on only with the same."""
+        """What fixes the content of every step beside the history; a run goes on only with the same."""
+        settings = self.settings
         return {
-            "algorithm": planning.ALGORITHM,
+            "algorithm": ALGORITHM,
             "tasks": self.names,
-            "fingerprints": {task.name: [s.fingerprint for s in task.sets] for task in self.tasks},
-            "weights": list(self.plan.weights),
-            "seed": self.plan.seed,
-            "global_batch_size": self.plan.global_batch_size,
-            "total_draws": self.plan.total_draws,
-            "max_len": self.settings.max_len,
+            "seed": settings.seed,
+            "epochs": settings.epochs,
+            "max_steps": settings.max_steps,
+            "max_len": settings.max_len,
         }
 
     def step_costs(self, step: Step) -> Int64:
@@ -216,15 +264,21 @@ class TrainData:
 
     def shares(self, step: Step, world_size: int) -> list[Int64]:
         """Each rank's draws of a step, as indices into it."""
-        return planning.equal_cost_shares(step, self.step_costs(step), world_size, self.plan.seed)
+        return equal_cost_shares(step, self.step_costs(step), world_size, self.plan.seed)
 
-    def balance(self, world_size: int, steps: int = 20) -> float:
-        """Mean over maximum of the ranks' costs over the first steps: the share of time no rank waits."""
-        values = [self.plan.step(index) for index in range(min(steps, self.plan.num_steps))]
-        each = [
-            planning.share_balance(self.shares(step, world_size), self.step_costs(step)) for step in values
-        ]
-        return float(np.mean(each))
+    def balance(self, world_size: int, steps: int = 20, factor: int = 1) -> float:
+        """Mean over maximum of the ranks' costs over some steps from the first: the share of time that no rank waits.
+
+        Args:
+            world_size: number of ranks.
+            steps: how many steps to look at.
+            factor: how many steps to take as one, for a step of so many times the size.
+        """
+        values = []
+        for number in range(min(steps, self.plan.num_steps // factor)):
+            step = self.plan.window(number * factor, factor)
+            values.append(share_balance(self.shares(step, world_size), self.step_costs(step)))
+        return float(np.mean(values)) if values else 0.0
 
     def label_weights(self, step: Step) -> dict[tuple[int, int], float]:
         """Weight of each label of an example in the loss sum, by (task, example), as ``loss_norm`` says."""
@@ -245,11 +299,19 @@ class TrainData:
         positions = self._per_draw(step, lambda task, ids: task.positions[ids])
         return [share[part] for part in cut(step.tasks[share], positions[share], self.caps)]
 
+    def fill(self, step: Step, draws: Int64) -> tuple[int, int]:
+        """Positions of a micro-batch without and with its padding."""
+        lengths = self._per_draw(step, lambda task, ids: task.positions[ids])[draws]
+        used = int(lengths.sum())
+        return used, used if self.settings.packed else int(lengths.max()) * len(draws)
+
     def load(self, step: Step, draws: Int64, weights: Mapping[tuple[int, int], float]) -> MicroBatch:
         """Read and collate the draws of one micro-batch."""
         pairs = [(int(step.tasks[draw]), int(step.examples[draw])) for draw in draws]
         examples = [self.tasks[task].read(example, task, weights[task, example]) for task, example in pairs]
-        return self.collator.train_batch(examples, step.first_draw + int(draws.min()))
+        batch = self.collator.train_batch(examples, step.first_draw + int(draws.min()), self.settings.packed)
+        hashes = draw_hashes(step.tasks[draws], step.examples[draws])
+        return replace(batch, draw_hash=int(hashes.sum()))
 
     def steps(
         self, first_step: int, rank: int, world_size: int
@@ -306,7 +368,7 @@ class EvalData:
         examples = np.concatenate([np.arange(len(task), dtype=np.int64) for task in self.tasks])
         costs = np.concatenate([task.costs(np.arange(len(task)), CostModel()) for task in self.tasks])
         positions = np.concatenate([task.positions for task in self.tasks])
-        share = planning.equal_cost_shares(Step(0, numbers, examples), costs, world_size, 0)[rank]
+        share = equal_cost_shares(Step(0, numbers, examples), costs, world_size, 0)[rank]
         groups = cut(numbers[share], positions[share], Caps(rows, rows * int(positions.max(initial=1))))
         return [[(int(numbers[i]), int(examples[i])) for i in share[group]] for group in groups]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ import torch
 from voxtral_dist.config import TrainConfig
 from voxtral_dist.data import TrainData
 from voxtral_dist.loss import IGNORE_INDEX
-from voxtral_dist.plan import split_draws
 from voxtral_dist.report import table
 
 PROMPTS_SHOWN = 10
+LOW_BALANCE, GOOD_BALANCE = 0.95, 0.98
+MANY_EPOCHS = 20
 ASSUMED_FLOPS = 400e12
 """Matmul rate that the time estimate assumes per GPU: 40% of the dense bf16 peak of an H100."""
 
@@ -21,7 +22,7 @@ ASSUMED_FLOPS = 400e12
 def plan_lines(data: TrainData, world_size: int) -> list[str]:
     """The plan in a few lines: steps, mix, what was left out, predicted balance."""
     plan = data.plan
-    draws = split_draws(plan.total_draws, plan.weights)
+    draws = plan.own_draws_after(plan.num_steps)
     rows = [
         [
             name,
@@ -36,17 +37,41 @@ def plan_lines(data: TrainData, world_size: int) -> list[str]:
     header = ["task", "examples", "too long", "draws", "share of draws", "task epochs"]
     balance = data.balance(world_size)
     lines = [
-        f"{plan.num_steps:,} steps of {plan.global_batch_size} examples on {world_size} rank(s), "
+        f"{plan.num_steps:,} steps of {plan.segments[-1].global_batch_size} examples on {world_size} rank(s), "
         f"{plan.total_draws:,} draws, predicted balance {balance:.3f}",
         *table(header, rows).splitlines(),
     ]
-    if balance < 0.95:
-        per_rank = plan.global_batch_size / world_size
-        lines.append(
-            f"balance {balance:.3f}: with {per_rank:.1f} examples per rank the ranks wait for the largest one; "
-            "raise --grad_accum or --global_batch_size to about 8 or more per rank"
-        )
-    return lines
+    if balance < LOW_BALANCE:
+        lines.append(_balance_advice(data, world_size, balance))
+    return [*lines, *_repeat_warnings(data, draws)]
+
+
+def _balance_advice(data: TrainData, world_size: int, balance: float) -> str:
+    """What would make the ranks finish together: the smallest multiple of the step that balances, if there is one."""
+    per_rank = data.plan.segments[-1].global_batch_size / world_size
+    for factor in (2, 3, 4, 6, 8, 12, 16):
+        if data.balance(world_size, steps=8, factor=factor) >= GOOD_BALANCE:
+            return (
+                f"balance {balance:.3f}: with {per_rank:g} examples per rank the ranks wait for the dearest one; "
+                f"--grad_accum {factor} times as large would reach {GOOD_BALANCE}"
+            )
+    return f"balance {balance:.3f}: the examples' costs differ too much for {world_size} ranks, whatever --grad_accum"
+
+
+def _repeat_warnings(data: TrainData, draws: Sequence[int]) -> list[str]:
+    """Tasks of which a step needs more examples than there are, or that are repeated very often."""
+    segment, out = data.plan.segments[-1], []
+    per_step = [w * segment.global_batch_size / sum(segment.weights) for w in segment.weights]
+    for name, stream, each, n in zip(data.names, data.plan.streams, per_step, draws, strict=True):
+        if each > len(stream):
+            out.append(
+                f"warning: a step draws {each:.0f} of {len(stream)} {name} examples: some repeat within it"
+            )
+        elif n / len(stream) > MANY_EPOCHS:
+            out.append(
+                f"warning: {name} is repeated {n / len(stream):.0f} times; a smaller weight would overfit less"
+            )
+    return out
 
 
 def prompt_lines(data: TrainData) -> Iterator[str]:

@@ -70,6 +70,7 @@ class StepResult:
         positions: positions with padding.
         audio_seconds: seconds of audio.
         bad_samples: examples that could not be read.
+        draw_hash: see :func:`voxtral_dist.plan.draw_hashes`.
         stop: some rank asked to stop.
     """
 
@@ -83,6 +84,7 @@ class StepResult:
     positions: int
     audio_seconds: float
     bad_samples: int
+    draw_hash: int
     stop: bool
 
 
@@ -205,14 +207,8 @@ class TrainEngine:
             sums[_HEAD : _HEAD + tasks] += result.task_nll.double()
             sums[_HEAD + tasks :] += result.task_tokens.double()
             bad = len(batch.bad_samples)
-            counts = [
-                batch.samples,
-                batch.tokens,
-                batch.positions,
-                batch.audio_seconds,
-                bad,
-                batch.samples - bad,
-            ]
+            work = [batch.samples, batch.tokens, batch.positions, batch.audio_seconds]
+            counts = [*work, bad, batch.samples - bad, batch.draw_hash]
             sums[_COUNTS] += torch.tensor(counts, dtype=torch.float64).to(self._device)
         return sums
 
@@ -250,11 +246,14 @@ class TrainEngine:
             positions=int(totals[_POSITIONS]),
             audio_seconds=totals[_AUDIO],
             bad_samples=int(totals[_BAD]),
+            draw_hash=int(totals[_DRAWS]),
             stop=totals[_STOP] > 0,
         )
 
 
-_LOSS, _NON_FINITE, _STOP, _SAMPLES, _TOKENS, _POSITIONS, _AUDIO, _BAD, _GOOD_SAMPLES, _HEAD = range(10)
+_LOSS, _NON_FINITE, _STOP, _SAMPLES, _TOKENS, _POSITIONS, _AUDIO, _BAD, _GOOD_SAMPLES, _DRAWS, _HEAD = range(
+    11
+)
 _COUNTS = slice(_SAMPLES, _HEAD)
 """Places in the vector that is summed over the ranks; behind _HEAD follow the tasks' loss sums and token counts."""
 

@@ -140,7 +140,10 @@ class TrainingModel(torch.nn.Module):
         embeds = embed(
             voxtral, batch.input_ids, batch.audio, batch.audio_index, encoder_trains=self.encoder_trains
         )
-        hidden = voxtral.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        mask = None if batch.position_ids is None else block_causal_mask(batch.position_ids)
+        hidden = voxtral.model.language_model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+        ).last_hidden_state
         states = hidden.reshape(-1, hidden.shape[-1])[batch.label_index]
         nll = head_nll(voxtral.lm_head, states, batch.labels, self.label_smoothing)
         counts = (batch.label_weight > 0).float()
@@ -148,6 +151,19 @@ class TrainingModel(torch.nn.Module):
         sums[0].index_add_(0, batch.label_task, nll.detach() * counts)
         sums[1].index_add_(0, batch.label_task, counts)
         return ForwardResult((nll * batch.label_weight).sum(), sums[0], sums[1])
+
+
+def block_causal_mask(position_ids: torch.Tensor) -> torch.Tensor:
+    """Mask of a packed row: each position sees the earlier positions of its own example and itself.
+
+    Args:
+        position_ids: int64 [1, L], starting again at 0 with each example.
+
+    Returns:
+        bool [1, 1, L, L], True where attention is allowed.
+    """
+    example = (position_ids[0] == 0).cumsum(0)
+    return ((example[:, None] == example[None, :]).tril())[None, None]
 
 
 def unwrap(model: Any) -> Any:

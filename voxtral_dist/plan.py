@@ -1,10 +1,11 @@
 """The global plan: which example is drawn when, and which rank computes it. A pure function, its state one integer.
 
 The draws of all tasks form one endless stream. Draw number k belongs to a task by an exact integer split of k
-(:func:`split_draws`); a task's own draw number d is position ``d mod n`` of its epoch ``d // n``, and each epoch is a
-permutation made by hashing (:class:`TaskStream`). **A step is the next N draws**, so its content depends on the data,
-the weights, the seed and N, and never on the number of ranks, threads or restarts. Each step is cut into equal-cost
-shares, one per rank (:func:`equal_cost_shares`). Example, N = 4, weights asr:tqa = 1:1, draws 8..11 = step 2:
+(:func:`~voxtral_dist.mix.split_draws`); a task's own draw number d is position ``d mod n`` of its epoch ``d // n``, and
+each epoch is a permutation made by hashing (:class:`TaskStream`). **A step is the next N draws**, so its content depends
+on the data, the weights, the seed and N, and never on the number of ranks, threads or restarts. Each step is cut into
+equal-cost shares, one per rank (:func:`~voxtral_dist.shares.equal_cost_shares`). Example, N = 4, weights asr:tqa = 1:1,
+draws 8..11 = step 2:
 
     stream   ... | asr 4  tqa 4  asr 5  tqa 5 | ...      task draws 4 and 5 -> examples by the epoch's permutation
     shares         rank 0: asr 4, tqa 5   rank 1: tqa 4, asr 5
@@ -12,17 +13,15 @@ shares, one per rank (:func:`equal_cost_shares`). Example, N = 4, weights asr:tq
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from functools import lru_cache
-from math import gcd
 
 import numpy as np
 import numpy.typing as npt
 
-from voxtral_dist.errors import UserError
+from voxtral_dist.mix import split_draws
 
 ALGORITHM = "global-plan/1"
 """Version of the order below; a change of any rule must change it, since runs resume by it."""
@@ -57,24 +56,8 @@ def permute(ids: Int64, key: int) -> Int64:
     return ids[np.argsort(mix64(ids.astype(np.uint64) ^ np.uint64(key)), kind="stable")]
 
 
-def split_draws(count: int, weights: Sequence[int]) -> list[int]:
-    """How many of the first ``count`` draws belong to each task.
-
-    The largest weight first, each task takes what rounding to the nearest integer leaves of the draws not yet given:
-    integers that sum to ``count`` exactly and never fall as it grows. For ever they stay within 1 of
-    ``count * w / sum(w)`` for up to three tasks, 1.25 for four, ``1 + ln(tasks) / 2`` for more: a rounding error of
-    1/2 per level shrinks by the share that is left. (Telescoping floors in the given order drift past 2.)
-    """
-    left, total, out = count, sum(weights), [0] * len(weights)
-    for task in sorted(range(len(weights)), key=lambda task: -weights[task]):
-        rest = (2 * left * (total - weights[task]) + total) // (2 * total) if total > weights[task] else 0
-        out[task] = left - rest
-        left, total = rest, total - weights[task]
-    return out
-
-
-class TaskStream:
-    """The endless draws of one task: epochs, each a permutation of its accepted examples.
+class Population:
+    """The examples of a task that may be drawn, and their permutation in every epoch.
 
     Args:
         tag: stable number of the task, part of every hash.
@@ -85,32 +68,22 @@ class TaskStream:
     def __init__(
         self, tag: int, shard_sizes: Sequence[int], accepted: npt.NDArray[np.bool_] | None = None
     ) -> None:
-        total = int(np.sum(shard_sizes))
-        accepted = np.ones(total, bool) if accepted is None else accepted
-        starts = np.concatenate([[0], np.cumsum(shard_sizes)]).astype(np.int64)
         self.tag = tag
-        self._ids = np.flatnonzero(accepted).astype(np.int64)
-        self._edges = np.searchsorted(self._ids, starts)
-        self._sizes = np.diff(self._edges)
+        self._starts = np.concatenate([[0], np.cumsum(shard_sizes)]).astype(np.int64)
+        self._left_out = np.empty(0, np.int64) if accepted is None else np.flatnonzero(~accepted)
+        self._sizes = np.diff(self._starts) - np.diff(np.searchsorted(self._left_out, self._starts))
         self._cached_epoch = lru_cache(maxsize=2)(self._epoch)
         self._cached_block = lru_cache(maxsize=4)(self._block)
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return int(self._sizes.sum())
 
-    def draws(self, seed: int, start: int, stop: int) -> Int64:
-        """Example ids of this task's own draws ``start`` to ``stop`` (exclusive), int64 [stop - start]."""
-        parts = []
-        while start < stop:
-            epoch, position = divmod(start, len(self))
-            ends = self._cached_epoch(seed, epoch)[1]
-            block = int(np.searchsorted(ends, position, side="right"))
-            ids = self._cached_block(seed, epoch, block)
-            offset = position - (int(ends[block - 1]) if block else 0)
-            part = ids[offset : offset + stop - start]
-            parts.append(part)
-            start += len(part)
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+    def from_position(self, seed: int, epoch: int, position: int) -> Int64:
+        """The epoch's examples from a position to the end of its block of shards, int64, at least one."""
+        ends = self._cached_epoch(seed, epoch)[1]
+        block = int(np.searchsorted(ends, position, side="right"))
+        offset = position - (int(ends[block - 1]) if block else 0)
+        return self._cached_block(seed, epoch, block)[offset:]
 
     def _epoch(self, seed: int, epoch: int) -> tuple[Int64, Int64]:
         """Order of the shards in an epoch, and the position at which each block of shards ends."""
@@ -120,8 +93,57 @@ class TaskStream:
     def _block(self, seed: int, epoch: int, block: int) -> Int64:
         """Shuffled example ids of a block of shards."""
         shards = self._cached_epoch(seed, epoch)[0][block * SHARD_BLOCK : (block + 1) * SHARD_BLOCK]
-        ids = np.concatenate([self._ids[self._edges[s] : self._edges[s + 1]] for s in shards])
+        ids = np.concatenate([self._shard(shard) for shard in shards.tolist()])
         return permute(ids, hash64(seed, self.tag, epoch, 2, block))
+
+    def _shard(self, shard: int) -> Int64:
+        """Example ids of a shard that may be drawn; only those left out are kept in memory."""
+        first, last = self._starts[shard : shard + 2]
+        left_out = self._left_out[slice(*np.searchsorted(self._left_out, (first, last)))]
+        return np.delete(np.arange(first, last), left_out - first)
+
+
+class TaskStream:
+    """The endless draws of one task: epochs, each a permutation of the examples that were there when it began.
+
+    Args:
+        generations: ``(first own draw, its epoch, population)`` in order, the first from (0, 0). A later generation
+            holds the data of the earlier one and more, and begins where an epoch of that ends.
+    """
+
+    def __init__(self, generations: Sequence[tuple[int, int, Population]]) -> None:
+        self.generations = list(generations)
+
+    @classmethod
+    def of(
+        cls, tag: int, shard_sizes: Sequence[int], accepted: npt.NDArray[np.bool_] | None = None
+    ) -> TaskStream:
+        """A stream whose data never changed."""
+        return cls([(0, 0, Population(tag, shard_sizes, accepted))])
+
+    def __len__(self) -> int:
+        """Examples of the newest epoch."""
+        return len(self.generations[-1][2])
+
+    def next_epoch(self, own_draws: int) -> tuple[int, int]:
+        """First own draw and number of the first epoch that has not begun after ``own_draws`` draws."""
+        first, epoch, population = self.generations[-1]
+        begun = max(0, -(-(own_draws - first) // len(population)))
+        return first + begun * len(population), epoch + begun
+
+    def draws(self, seed: int, start: int, stop: int) -> Int64:
+        """Example ids of this task's own draws ``start`` to ``stop`` (exclusive), int64 [stop - start]."""
+        parts = []
+        starts = [first for first, _, _ in self.generations]
+        while start < stop:
+            number = bisect_right(starts, start) - 1
+            first, first_epoch, population = self.generations[number]
+            epoch, position = divmod(start - first, len(population))
+            limit = min(stop, *starts[number + 1 : number + 2], stop)
+            part = population.from_position(seed, first_epoch + epoch, position)[: limit - start]
+            parts.append(part)
+            start += len(part)
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -142,171 +164,110 @@ class Step:
         return len(self.tasks)
 
 
+def draw_hashes(tasks: Int64, examples: Int64) -> Int64:
+    """A 32-bit hash of each draw, int64 [n]. Their sum over a step tells, summed over the ranks in any order and exact
+    in float64 up to two million examples, whether the ranks together computed just what the plan says.
+    """
+    words = (tasks.astype(np.uint64) << np.uint64(56)) ^ examples.astype(np.uint64)
+    return (mix64(words) & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the stream in which weights and N do not change. A run appends segments, it never edits one.
+
+    Attributes:
+        start_draw: first draw of the run that belongs to it.
+        start_step: the step that begins there.
+        weights: integer share of each task; 0 leaves a task out.
+        global_batch_size: N, draws per step.
+        offsets: own draws that each task had before.
+    """
+
+    start_draw: int
+    start_step: int
+    weights: tuple[int, ...]
+    global_batch_size: int
+    offsets: tuple[int, ...]
+
+    def own_draws(self, draws: int) -> tuple[int, ...]:
+        """Own draws of each task once ``draws`` draws of the run are consumed."""
+        parts = split_draws(draws - self.start_draw, self.weights)
+        return tuple(offset + part for offset, part in zip(self.offsets, parts, strict=True))
+
+
 @dataclass(frozen=True)
 class GlobalPlan:
     """All steps of a run.
 
     Attributes:
         streams: one per task, in the order of the weights.
-        weights: integer share of each task.
+        segments: in order, the first from draw 0; each begins at a step's edge.
         seed: of the order.
-        global_batch_size: N, draws per step.
         total_draws: where the run ends; the last step may be short.
     """
 
     streams: tuple[TaskStream, ...]
-    weights: tuple[int, ...]
+    segments: tuple[Segment, ...]
     seed: int
-    global_batch_size: int
     total_draws: int
+
+    @classmethod
+    def single(
+        cls,
+        streams: Sequence[TaskStream],
+        weights: Sequence[int],
+        seed: int,
+        global_batch_size: int,
+        total_draws: int,
+    ) -> GlobalPlan:
+        """A plan whose weights and N never change."""
+        segment = Segment(0, 0, tuple(weights), global_batch_size, (0,) * len(streams))
+        return cls(tuple(streams), (segment,), seed, total_draws)
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps in the run."""
-        return -(-self.total_draws // self.global_batch_size)
+        last = self.segments[-1]
+        return last.start_step + -(-(self.total_draws - last.start_draw) // last.global_batch_size)
+
+    def segment_of(self, step: int) -> Segment:
+        """The segment a step belongs to."""
+        return self.segments[bisect_right([s.start_step for s in self.segments], step) - 1]
 
     def draws_after(self, step: int) -> int:
         """Draws consumed once ``step`` steps are done."""
-        return min(step * self.global_batch_size, self.total_draws)
+        segment = self.segment_of(max(0, step - 1))
+        return min(
+            segment.start_draw + (step - segment.start_step) * segment.global_batch_size, self.total_draws
+        )
+
+    def own_draws_after(self, step: int) -> tuple[int, ...]:
+        """Own draws of each task once ``step`` steps are done."""
+        return self.segment_of(max(0, step - 1)).own_draws(self.draws_after(step))
 
     def step(self, index: int) -> Step:
         """The draws of step ``index`` (from 0), grouped by task."""
-        start, stop = self.draws_after(index), self.draws_after(index + 1)
+        return self.window(index, 1)
+
+    def window(self, first_step: int, steps: int) -> Step:
+        """The draws of several consecutive steps as if they were one."""
         tasks, examples = [], []
-        edges = zip(split_draws(start, self.weights), split_draws(stop, self.weights), strict=True)
+        last_step = min(first_step + steps, self.num_steps)
+        edges = zip(self.own_draws_after(first_step), self.own_draws_after(last_step), strict=True)
         for number, (stream, (first, last)) in enumerate(zip(self.streams, edges, strict=True)):
             ids = stream.draws(self.seed, first, last)
             examples.append(ids)
             tasks.append(np.full(len(ids), number, np.int64))
-        return Step(start, np.concatenate(tasks), np.concatenate(examples))
+        return Step(self.draws_after(first_step), np.concatenate(tasks), np.concatenate(examples))
 
-
-@dataclass(frozen=True)
-class CostModel:
-    """Cost of an example in thousandths of one language-model token.
-
-    The defaults are the FLOPs of Voxtral-Mini's LoRA step over the 12.84 GFLOP of a token (forward and backward of the
-    frozen body, 4 x 3.21e9 parameters): 2.31 TFLOP of encoder per 30-s chunk, 0.86 MFLOP x T^2 of attention, and 1.61
-    GFLOP of head per label position.
-    """
-
-    token: int = 1000
-    chunk: int = 180_000
-    squared_tokens_per_million: int = 67_000
-    label: int = 125
-
-    def cost(self, tokens: Int64, chunks: Int64, labels: Int64) -> Int64:
-        """Integer cost of examples, all arrays int64 [n]: positions, audio chunks, label positions."""
-        squared = self.squared_tokens_per_million * tokens * tokens // 1_000_000
-        return self.token * tokens + self.chunk * chunks + squared + self.label * labels
-
-
-def equal_cost_shares(step: Step, costs: Int64, world_size: int, seed: int) -> list[Int64]:
-    """Cut a step into shares of nearly equal cost, one per rank.
-
-    Longest processing time first: the dearest example left goes to the share that is cheapest so far; ties by (task,
-    example). Which rank gets which share turns with the step, else rank 0 would always get the largest example.
-
-    Args:
-        step: the draws.
-        costs: int64 [len(step)], integer cost of each draw.
-        world_size: number of ranks.
-        seed: of the plan.
-
-    Returns:
-        For each rank the indices into ``step`` of its draws; empty where there are fewer draws than ranks.
-    """
-    order = np.lexsort((step.examples, step.tasks, -costs))
-    heap = [(0, slot) for slot in range(world_size)]
-    slots: list[list[int]] = [[] for _ in range(world_size)]
-    for index in order.tolist():
-        load, slot = heap[0]
-        slots[slot].append(index)
-        heapq.heapreplace(heap, (load + int(costs[index]), slot))
-    turn = hash64(seed, step.first_draw, 3) % world_size
-    return [np.array(slots[(rank - turn) % world_size], np.int64) for rank in range(world_size)]
-
-
-def share_balance(shares: Sequence[Int64], costs: Int64) -> float:
-    """Mean over maximum of the shares' costs: 1 when all ranks finish together, 0 for an empty step."""
-    loads = [int(costs[share].sum()) for share in shares]
-    return sum(loads) / (len(loads) * max(loads)) if max(loads, default=0) else 0.0
-
-
-def parse_weights(text: str, tasks: Sequence[str], counts: Sequence[int]) -> tuple[int, ...]:
-    """Integer weights of ``tasks`` from ``--task_weights``.
-
-    Args:
-        text: ``1.0,1.5,1.2`` in the order of ``tasks``, or ``asr=1,tqa=2``; empty: the examples' ``counts``.
-        tasks: the tasks that have training data, in their fixed order.
-        counts: training examples per task.
-
-    Raises:
-        UserError: not a positive finite number, another number of weights than of tasks, unknown or missing task.
-    """
-    if not text.strip():
-        return _reduced(list(counts))
-    items = [item.strip() for item in text.split(",")]
-    named = ["=" in item for item in items]
-    if any(named):
-        values = dict(_named_weight(item, text, tasks) for item in items)
-        missing = [task for task in tasks if task not in values]
-        if missing:
-            raise UserError(
-                f"--task_weights {text!r} gives no weight for {', '.join(missing)}; add it or drop the data"
+    def digest(self, first_step: int, steps: int) -> int:
+        """One 64-bit hash of the contents of some steps, equal on all ranks that plan the same."""
+        value = 0
+        for index in range(first_step, min(first_step + steps, self.num_steps)):
+            step = self.step(index)
+            words = mix64((step.tasks.astype(np.uint64) << np.uint64(56)) ^ step.examples.astype(np.uint64))
+            value = hash64(
+                value, step.first_draw, *np.bitwise_xor.reduce(words, keepdims=True).tolist(), len(step)
             )
-        numbers = [values[task] for task in tasks]
-    else:
-        if len(items) != len(tasks):
-            raise UserError(
-                f"--task_weights {text!r} has {len(items)} weights for {len(tasks)} tasks ({', '.join(tasks)}); "
-                "give one per task, in this order"
-            )
-        numbers = [_weight(item, text) for item in items]
-    scale = 10 ** max(0, *(-int(number.as_tuple().exponent) for number in numbers))
-    return _reduced([int(number * scale) for number in numbers])
-
-
-def _named_weight(item: str, text: str, tasks: Sequence[str]) -> tuple[str, Decimal]:
-    name, _, value = (part.strip() for part in item.partition("="))
-    if name not in tasks:
-        raise UserError(
-            f"--task_weights {text!r}: no training data for {name!r}; tasks here are {', '.join(tasks)}"
-        )
-    return name, _weight(value, text)
-
-
-def _weight(value: str, text: str) -> Decimal:
-    try:
-        number = Decimal(value)
-    except InvalidOperation as error:
-        raise UserError(f"--task_weights {text!r}: {value!r} is not a number") from error
-    if not (number.is_finite() and Decimal("1e-6") <= number <= Decimal("1e6")):
-        raise UserError(
-            f"--task_weights {text!r}: {value} is not between 1e-6 and 1e6; leave a task's data out to skip it"
-        )
-    return number
-
-
-def _reduced(numbers: Sequence[int]) -> tuple[int, ...]:
-    divisor = gcd(*numbers) or 1
-    return tuple(number // divisor for number in numbers)
-
-
-def parse_task_caps(text: str, tasks: Sequence[str]) -> dict[str, int]:
-    """Caps per task from ``--task_batch_sizes asr=4,sqa=2``. Raises :class:`UserError` on anything else."""
-    caps = {}
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        name, _, value = item.partition("=")
-        if name not in tasks or not value.isdigit() or int(value) < 1:
-            raise UserError(
-                f"--task_batch_sizes: {item!r} is not TASK=NUMBER with a task of {', '.join(tasks)}"
-            )
-        caps[name] = int(value)
-    return caps
-
-
-def describe_mix(plan: GlobalPlan, names: Sequence[str]) -> Mapping[str, float]:
-    """Share of each task's examples among the run's draws."""
-    counts = split_draws(plan.total_draws, plan.weights)
-    return {name: count / max(1, plan.total_draws) for name, count in zip(names, counts, strict=True)}
+        return value

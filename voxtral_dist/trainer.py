@@ -173,6 +173,8 @@ class Trainer:
             "train/learning_rate": rate,
             "train/grad_norm": result.grad_norm,
             "train/skipped": float(not result.applied),
+            "data/draws_consumed": float(self.state.draws_consumed),
+            "data/draw_hash": float(result.draw_hash),
             "train/bad_samples": float(self.state.bad_samples),
             "train/epoch": self.state.draws_consumed / max(1, sum(map(len, self.data.plan.streams))),
         }
@@ -226,7 +228,9 @@ class Trainer:
                 write_bytes(self.run_dir / "best", f"{best.name}\n".encode())
 
     def _save(self) -> None:
-        checkpoint.save(self.run_dir, self.state.step, self.engine, asdict(self.state))
+        checkpoint.save(
+            self.run_dir, self.state.step, self.engine, asdict(self.state) | {"plan": self.data.history}
+        )
         if distributed.rank() == 0:
             checkpoint.prune(self.run_dir, self.config.save_total_limit)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,21 @@ import torch
 
 from voxtral_dist import checkpoint, distributed, dry_run, evaluator, model, prepare, report, run_dir
 from voxtral_dist import config as settings
+from voxtral_dist.collator import Collator
 from voxtral_dist.config import TrainConfig
-from voxtral_dist.data import EvalData, TrainData, TrainSettings, open_tasks
+from voxtral_dist.data import EvalData, TaskData, TrainData, TrainSettings, fingerprints, open_tasks
 from voxtral_dist.distributed import World
 from voxtral_dist.engine import EngineSettings, TrainEngine, build_ds_config
-from voxtral_dist.errors import UserError
+from voxtral_dist.errors import UserError, VoxtralDistError
 from voxtral_dist.logger import get_logger
 from voxtral_dist.monitor import Monitor, NullMonitor
+from voxtral_dist.shares import CostModel
 from voxtral_dist.trainer import Trainer, TrainState
 
 log = get_logger(__name__)
+
+DIGEST_STEPS = 8
+"""Steps whose draws the ranks compare at the start."""
 
 
 def train(config: TrainConfig, world: World) -> None:
@@ -35,28 +41,69 @@ def train(config: TrainConfig, world: World) -> None:
     collator = prepare.open_collator(config)
     train_folders = prepare.data_folders(config, config.train_shards, config.train_jsonl, "train", world)
     dev_folders = prepare.data_folders(config, config.val_shards, config.val_jsonl, "dev", world)
-    data = TrainData(
-        open_tasks(train_folders, collator, slice_), collator, data_settings(config, world, stored)
-    )
+    tasks = open_tasks(train_folders, collator, slice_)
     dev = EvalData(open_tasks(dev_folders, collator, slice_), collator, config.max_len)
-    if world.is_main:
-        print("\n".join(dry_run.plan_lines(data, world.world_size)), flush=True)
+    data = plan_data(config, world, tasks, collator, None)
     if config.dry_run:
         if world.is_main:
             print_dry_run(config, data, world)
         return
-    identity = data.identity() | prepare.model_identity(config)
+    identity = data.identity() | prepare.model_identity(config) | {"dev_data": fingerprints(dev.tasks)}
     run_dir.check_identity(out, identity)
     device = distributed.local_device(world)
     distributed.start(device)
     try:
+        newest = checkpoint.newest_whole(out)
+        if newest:
+            data = plan_data(config, world, tasks, collator, newest)
+        check_same_plan(data, checkpoint.step_of(newest) if newest else 0)
         if world.is_main:
-            run_dir.begin(
-                out, settings.dump_yaml(config), identity, run_dir.environment(world.world_size, str(device))
-            )
-        fit(config, data, dev, device)
+            print("\n".join(dry_run.plan_lines(data, world.world_size)), flush=True)
+            about = run_dir.environment(world.world_size, str(device)) | {"data": fingerprints(tasks)}
+            run_dir.begin(out, settings.dump_yaml(config), identity, about)
+        fit(config, data, dev, device, newest)
     finally:
         distributed.stop()
+
+
+def plan_data(
+    config: TrainConfig, world: World, tasks: Sequence[TaskData], collator: Collator, newest: Path | None
+) -> TrainData:
+    """The training data of a run that begins, or goes on from a checkpoint.
+
+    The examples per step are, unless a flag says otherwise, those of the run's first start.
+    """
+    state = checkpoint.read_state(newest) if newest else None
+    first = config.per_device_bsz * config.grad_accum * world.world_size
+    size = config.global_batch_size or (
+        state["plan"]["segments"][-1]["global_batch_size"] if state else first
+    )
+    names = TrainSettings.__dataclass_fields__.keys() - {"global_batch_size", "cost_model"}
+    how = TrainSettings(
+        global_batch_size=size,
+        cost_model=CostModel.from_config(model.read_config(config.model_id)),
+        **{name: getattr(config, name) for name in names},
+    )
+    allow = settings.split_list(config.allow_change)
+    if state is None:
+        return TrainData(tasks, collator, how)
+    return TrainData(tasks, collator, how, saved=state["plan"], step=state["step"], allow=allow)
+
+
+def check_same_plan(data: TrainData, first_step: int) -> None:
+    """Compare a digest of the next steps across ranks. Collective.
+
+    Raises:
+        VoxtralDistError: a rank plans other draws, because it sees other data or settings.
+    """
+    digests = distributed.gather_json(data.plan.digest(first_step, DIGEST_STEPS))
+    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]] if digests else []
+    others = distributed.broadcast_json(others)
+    if others:
+        raise VoxtralDistError(
+            f"rank {others[0]} plans other draws than rank 0: its data sets or settings differ; check that every node "
+            "sees the same shards"
+        )
 
 
 def check_settings(config: TrainConfig, out: Path, stored: dict[str, Any]) -> None:
@@ -75,16 +122,9 @@ def check_settings(config: TrainConfig, out: Path, stored: dict[str, Any]) -> No
     build_ds_config(EngineSettings(ds_config=config.ds_config), 0)
 
 
-def data_settings(config: TrainConfig, world: World, stored: dict[str, Any]) -> TrainSettings:
-    """Settings of the training data; the examples per step are those of the run's first start."""
-    first = config.per_device_bsz * config.grad_accum * world.world_size
-    size = config.global_batch_size or int(stored.get("global_batch_size", first))
-    names = TrainSettings.__dataclass_fields__.keys() - {"global_batch_size"}
-    return TrainSettings(global_batch_size=size, **{name: getattr(config, name) for name in names})
-
-
 def print_dry_run(config: TrainConfig, data: TrainData, world: World) -> None:
-    """The rest of ``--dry_run``."""
+    """Everything that ``--dry_run`` shows."""
+    print("\n".join(dry_run.plan_lines(data, world.world_size)), flush=True)
     bf16 = prepare.use_bf16(config, distributed.local_device(world))
     lines = dry_run.size_lines(
         config, model.read_config(config.model_id), data, world.world_size, 2 if bf16 else 4
@@ -92,10 +132,11 @@ def print_dry_run(config: TrainConfig, data: TrainData, world: World) -> None:
     print("\n".join([*lines, *dry_run.prompt_lines(data)]), flush=True)
 
 
-def fit(config: TrainConfig, data: TrainData, dev: EvalData, device: torch.device) -> None:
+def fit(
+    config: TrainConfig, data: TrainData, dev: EvalData, device: torch.device, newest: Path | None
+) -> None:
     """Build model and engine, restore the newest checkpoint, and train to the end."""
     out = Path(config.output_dir)
-    newest = checkpoint.newest_whole(out)
     if newest and checkpoint.step_of(newest) == data.plan.num_steps and is_evaluated(out, newest.name, dev):
         log.info("%s is finished: all %d steps are done and evaluated", out, data.plan.num_steps)
         finish(out)

@@ -1,0 +1,133 @@
+"""A run that goes on: the same draws after any stop, and with changed weights, N or data nothing lost or doubled."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from voxtral_dist.errors import UserError
+from voxtral_dist.plan import GlobalPlan
+from voxtral_dist.plan_history import TaskSource, continue_history, describe, first_history
+
+Shards = list[int]
+
+
+def source(tag: int, shards: Shards) -> TaskSource:
+    names = [f"{tag}-{number}-{size}" for number, size in enumerate(shards)]
+    return TaskSource("abcdefgh"[tag], tag, shards, names, np.ones(sum(shards), bool))
+
+
+def start(
+    tasks: list[Shards], weights: tuple[int, ...], n: int, draws: int
+) -> tuple[GlobalPlan, dict[str, Any]]:
+    sources = [source(tag, shards) for tag, shards in enumerate(tasks)]
+    segments, generations = first_history(sources, weights, n)
+    plan = GlobalPlan(tuple(s.stream(generations[s.name]) for s in sources), tuple(segments), 5, draws)
+    return plan, describe(plan, generations)
+
+
+def go_on(
+    saved: dict[str, Any], step: int, tasks: list[Shards], weights: tuple[int, ...], n: int, draws: int,
+    allow: tuple[str, ...] = ("weights", "global_batch", "data"),
+) -> tuple[GlobalPlan, dict[str, Any]]:  # fmt: skip
+    sources = [source(tag, shards) for tag, shards in enumerate(tasks)]
+    segments, generations = continue_history(saved, step, sources, weights, n, allow)
+    plan = GlobalPlan(tuple(s.stream(generations[s.name]) for s in sources), tuple(segments), 5, draws)
+    return plan, describe(plan, generations)
+
+
+def consumed(plan: GlobalPlan, first: int, last: int) -> list[tuple[int, int]]:
+    steps = [plan.step(index) for index in range(first, last)]
+    return [pair for step in steps for pair in zip(step.tasks.tolist(), step.examples.tolist(), strict=True)]
+
+
+task_lists = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=5), min_size=1, max_size=4)
+
+
+@given(task_lists, st.integers(1, 20), st.data())
+@settings(deadline=None, max_examples=60)
+def test_any_history_consumes_each_task_epoch_once(tasks: list[Shards], n: int, data: st.DataObject) -> None:
+    """Weights, N and data change at random stops: every task's own draws stay whole epochs of what was there."""
+    weights = tuple(data.draw(st.integers(1, 9)) for _ in tasks)
+    plan, saved = start(tasks, weights, n, 10_000)
+    drawn, step = [], 0
+    populations: list[list[Shards]] = [[list(shards)] for shards in tasks]
+    for _ in range(data.draw(st.integers(0, 4))):
+        stop = step + data.draw(st.integers(0, 12))
+        drawn += consumed(plan, step, stop)
+        step = stop
+        weights = data.draw(st.sampled_from([weights, tuple(w + 1 for w in reversed(weights))]))
+        n = data.draw(st.sampled_from([n, n + 3]))
+        grow = data.draw(st.integers(-1, len(tasks) - 1))
+        if grow >= 0:
+            tasks = [[*shards, 4] if number == grow else shards for number, shards in enumerate(tasks)]
+            populations[grow].append(tasks[grow])
+        plan, saved = go_on(saved, step, tasks, weights, n, 10_000)
+        assert plan.draws_after(step) == len(drawn)
+    drawn += consumed(plan, step, step + 15)
+    for number in range(len(tasks)):
+        mine = Counter(example for task, example in drawn if task == number)
+        oldest = sum(populations[number][0])
+        counts = [mine[example] for example in range(oldest)]
+        assert max(counts) - min(counts) <= 1, "an example of the first shards was lost or doubled"
+        assert all(mine[example] <= min(counts) + 1 for example in mine)
+
+
+@given(task_lists, st.integers(1, 16), st.integers(0, 30), st.integers(0, 30))
+@settings(deadline=None, max_examples=60)
+def test_a_stop_changes_nothing(tasks: list[Shards], n: int, first_stop: int, second_stop: int) -> None:
+    weights = tuple(range(1, len(tasks) + 1))
+    plan, saved = start(tasks, weights, n, 10_000)
+    again, saved_again = go_on(saved, first_stop, tasks, weights, n, 10_000, allow=())
+    last, _ = go_on(saved_again, first_stop + second_stop, tasks, weights, n, 10_000, allow=())
+    assert saved_again == saved
+    assert consumed(last, 0, 40) == consumed(plan, 0, 40) == consumed(again, 0, 40)
+    assert last.digest(3, 8) == plan.digest(3, 8)
+
+
+def test_the_mix_stays_exact_after_a_change() -> None:
+    plan, saved = start([[1000], [1000]], (1, 1), 10, 10_000)
+    plan, _ = go_on(saved, 7, [[1000], [1000]], (9, 1), 20, 10_000)
+    own = plan.own_draws_after(57)
+    assert plan.draws_after(57) == 70 + 50 * 20
+    assert abs(own[0] - (35 + 900)) <= 1 and sum(own) == 1070
+
+
+def test_new_data_enters_at_the_next_own_epoch() -> None:
+    plan, saved = start([[10]], (1,), 4, 1000)
+    plan, _ = go_on(saved, 3, [[10, 5]], (1,), 4, 1000)
+    draws = [example for _, example in consumed(plan, 0, 20)]
+    assert max(draws[:20]) < 10, "the second epoch had begun with ten examples"
+    assert sorted(draws[20:35]) == list(range(15))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "weights", "n", "words"),
+    [
+        ([[10]], (1,), 8, "--allow_change global_batch"),
+        ([[10, 5]], (1,), 4, "--allow_change data"),
+        ([[9]], (1,), 4, "not those this run was made with"),
+        ([[5, 10]], (1,), 4, "not those this run was made with"),
+    ],
+)
+def test_a_change_is_refused_with_old_and_new(
+    tasks: list[Shards], weights: tuple[int, ...], n: int, words: str
+) -> None:
+    _, saved = start([[10]], (1,), 4, 1000)
+    with pytest.raises(UserError, match=words):
+        go_on(saved, 3, tasks, weights, n, 1000, allow=())
+
+
+def test_changed_weights_are_refused_with_old_and_new() -> None:
+    _, saved = start([[10], [10]], (1, 2), 4, 1000)
+    with pytest.raises(UserError, match=r"weights \(1, 2\), now it is \(2, 1\).*--allow_change weights"):
+        go_on(saved, 3, [[10], [10]], (2, 1), 4, 1000, allow=("data",))
+
+
+def test_a_shuffled_digest_differs() -> None:
+    one, _ = start([[50]], (1,), 4, 1000)
+    other, _ = start([[51]], (1,), 4, 1000)
+    assert one.digest(0, 8) != other.digest(0, 8)

@@ -1,11 +1,11 @@
 """The global plan: which example is drawn when, and which rank computes it. A pure function, its state one integer.
 
 The draws of all tasks form one endless stream. Draw number k belongs to a task by an exact integer split of k
-(:func:`~voxtral_dist.mix.split_draws`); a task's own draw number d is position ``d mod n`` of its epoch ``d // n``, and
-each epoch is a permutation made by hashing (:class:`TaskStream`). **A step is the next N draws**, so its content depends
-on the data, the weights, the seed and N, and never on the number of ranks, threads or restarts. Each step is cut into
-equal-cost shares, one per rank (:func:`~voxtral_dist.shares.equal_cost_shares`). Example, N = 4, weights asr:tqa = 1:1,
-draws 8..11 = step 2:
+(:func:`~voxtral_dist.mix.split_draws`); a task's own draw number d is position ``d mod n`` of its epoch ``d // n``,
+and each epoch is a permutation made by hashing (:class:`TaskStream`). **A step is the next N draws**, so its content
+depends on the data, the weights, the seed and N, and never on the number of ranks, threads or restarts. Each step is
+cut into equal-cost shares, one per rank (:func:`~voxtral_dist.shares.equal_cost_shares`). Example, N = 4, weights
+asr:tqa = 1:1, draws 8..11 = step 2:
 
     stream   ... | asr 4  tqa 4  asr 5  tqa 5 | ...      task draws 4 and 5 -> examples by the epoch's permutation
     shares         rank 0: asr 4, tqa 5   rank 1: tqa 4, asr 5

@@ -14,16 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from harness import ROOT, load_script
 
 from voxtral_dist import config as settings
 from voxtral_dist import prepare, run_dir, training_run
 from voxtral_dist.config import TrainConfig, split_list
-from voxtral_dist.data import open_tasks
 from voxtral_dist.distributed import World
 from voxtral_dist.errors import UserError
 from voxtral_dist.packing import pack
+from voxtral_dist.task_data import open_tasks
 
 WORLD = World(0, 0, 1)
 RANK_NAMES = (
@@ -277,9 +278,10 @@ def test_too_long_examples_are_counted_and_left_out_on_request(
 ) -> None:
     config = TrainConfig(model_id=str(tiny_model))
     (task,) = open_tasks([demo / "shards" / "tqa" / "train"], prepare.open_collator(config))
-    max_len = int(sorted(task.positions)[8])
-    too_long = int((task.positions > max_len).sum())
-    longest = task.sets[0].sample(int(task.positions.argmax())).source
+    positions = task.positions(np.arange(len(task)))
+    max_len = int(sorted(positions)[8])
+    too_long = int((positions > max_len).sum())
+    longest = task.sets[0].sample(int(positions.argmax())).source
     assert 0 < too_long < 12
     data = ("--train_shards", shards(demo, "train", "tqa"), "--max_len", str(max_len))
     message = train(data=data)

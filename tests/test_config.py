@@ -148,6 +148,8 @@ def test_config_yaml_gives_the_same_settings_back(tmp_path: Path) -> None:
         "sqa_question": "spoken",
         "bf16": False,
         "loss_norm": "tasks",
+        "lr_schedule": "stage",
+        "task_weights": "",  # not beside stages
         "learning_rate": 3e-05,
         "lora_targets": "projector",
         "resume": "none",

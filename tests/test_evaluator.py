@@ -22,14 +22,15 @@ from voxtral_dist.adapter import LoraSettings
 from voxtral_dist.audio import AudioSpec
 from voxtral_dist.collator import Collator
 from voxtral_dist.config import EvalConfig
-from voxtral_dist.data import EvalData, open_tasks
 from voxtral_dist.distributed import World
 from voxtral_dist.errors import BadSamplesError, UserError
+from voxtral_dist.eval_data import EvalData
 from voxtral_dist.evaluation_run import with_run_settings
 from voxtral_dist.evaluator import EvalSettings
 from voxtral_dist.packing import pack
 from voxtral_dist.shard_format import read_columns
 from voxtral_dist.shards import ShardSet
+from voxtral_dist.task_data import open_tasks
 from voxtral_dist.tokenizer import TekkenVocabulary
 
 SIZES = (1, 2, 5, 8)

@@ -14,11 +14,11 @@ FILES = sorted((Path(__file__).resolve().parents[1] / PACKAGE).glob("*.py"))
 # A module imports from the layers above its own. Where a layer is "open" its modules may import one another too;
 # "2 data" and "2 model" do not know each other.
 LAYERS = {
-    "0 ground": "errors atomic config distributed logger workers",
+    "0 ground": "errors activity atomic config distributed logger watchdog workers",
     "1 words": "sample tasks text_norm scoring loss batch",
-    "2 data": "tar_members shard_format shard_reader shards foreign_tar foreign verify_tar verify data_stats "
-    "jsonl jsonl_check pack_plan packing audio_file audio tokenizer lengths "
-    "mix plan plan_history shares audit micro_batches collator data",
+    "2 data": "tar_members shard_format shard_reader shard_source shard_cache shards foreign_tar foreign verify_tar "
+    "verify data_stats jsonl jsonl_check pack_plan packing audio_file audio tokenizer lengths "
+    "mix stages plan plan_history schedule shares audit micro_batches collator task_data data eval_data",
     "2 model": "model adapter engine optimizer_state checkpoint monitor decode run_dir",
     "3 work": "trainer evaluator report prepare",
     "4 runs": "dry_run training_run evaluation_run",

@@ -1,6 +1,7 @@
 """A run that goes on: the same draws after any stop, and with changed weights, N or data nothing lost or doubled."""
 
 from collections import Counter
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -9,24 +10,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from voxtral_dist.errors import UserError
-from voxtral_dist.plan import GlobalPlan
-from voxtral_dist.plan_history import TaskSource, continue_history, describe, first_history
+from voxtral_dist.mix import split_draws
+from voxtral_dist.plan import GlobalPlan, TaskStream
+from voxtral_dist.plan_history import PlanSettings, TaskSource, continue_history, describe, first_history
+from voxtral_dist.shares import equal_cost_shares
+from voxtral_dist.stages import Stage
 
 Shards = list[int]
 
 
 def source(tag: int, shards: Shards) -> TaskSource:
     names = [f"{tag}-{number}-{size}" for number, size in enumerate(shards)]
-    return TaskSource("abcdefgh"[tag], tag, shards, names, np.ones(sum(shards), bool))
+    return TaskSource("abcdefgh"[tag], tag, shards, names, np.empty(0, np.int64))
 
 
 def start(
     tasks: list[Shards], weights: tuple[int, ...], n: int, draws: int
 ) -> tuple[GlobalPlan, dict[str, Any]]:
     sources = [source(tag, shards) for tag, shards in enumerate(tasks)]
-    segments, generations = first_history(sources, weights, n)
+    plan_settings = PlanSettings((Stage("", Fraction(1), weights),), n, draws)
+    segments, generations, _ = first_history(sources, plan_settings)
     plan = GlobalPlan(tuple(s.stream(generations[s.name]) for s in sources), tuple(segments), 5, draws)
-    return plan, describe(plan, generations)
+    return plan, describe(plan, plan_settings, generations)
 
 
 def go_on(
@@ -34,9 +39,10 @@ def go_on(
     allow: tuple[str, ...] = ("weights", "global_batch", "data"),
 ) -> tuple[GlobalPlan, dict[str, Any]]:  # fmt: skip
     sources = [source(tag, shards) for tag, shards in enumerate(tasks)]
-    segments, generations = continue_history(saved, step, sources, weights, n, allow)
+    plan_settings = PlanSettings((Stage("", Fraction(1), weights),), n, draws)
+    segments, generations, _ = continue_history(saved, step, sources, plan_settings, allow)
     plan = GlobalPlan(tuple(s.stream(generations[s.name]) for s in sources), tuple(segments), 5, draws)
-    return plan, describe(plan, generations)
+    return plan, describe(plan, plan_settings, generations)
 
 
 def consumed(plan: GlobalPlan, first: int, last: int) -> list[tuple[int, int]]:
@@ -86,6 +92,85 @@ def test_a_stop_changes_nothing(tasks: list[Shards], n: int, first_stop: int, se
     assert saved_again == saved
     assert consumed(last, 0, 40) == consumed(plan, 0, 40) == consumed(again, 0, 40)
     assert last.digest(3, 8) == plan.digest(3, 8)
+
+
+def stage_weights(tasks: int) -> st.SearchStrategy[tuple[int, ...]]:
+    """Weights of a stage; a task of weight 0 sleeps in it."""
+    return st.lists(st.integers(0, 9), min_size=tasks, max_size=tasks).filter(any).map(tuple)
+
+
+def computed(plan: GlobalPlan, index: int, world_size: int) -> Counter[tuple[int, int]]:
+    """What the ranks of a step compute together."""
+    step = plan.step(index)
+    shares = equal_cost_shares(step, 1 + step.examples % 7, world_size, plan.seed)
+    pairs = list(zip(step.tasks.tolist(), step.examples.tolist(), strict=True))
+    return Counter(pairs[draw] for share in shares for draw in share.tolist())
+
+
+@given(task_lists, st.integers(1, 20), st.booleans(), st.data())
+@settings(deadline=None, max_examples=60)
+def test_kills_and_world_sizes_lose_and_double_nothing(
+    tasks: list[Shards], n: int, changes: bool, data: st.DataObject
+) -> None:
+    """Each life of the run goes on from the last checkpoint, on other ranks and at times with other weights.
+
+    A life that is killed before its first checkpoint leaves no trace. Expected is what :mod:`plan_history` has no
+    part in: each task's own draws from the first one on, as many as the splits of the stages that count say.
+    """
+    weights = data.draw(stage_weights(len(tasks)))
+    undisturbed, saved = start(tasks, weights, n, 10_000)
+    checkpoint, stages = 0, [(0, weights)]
+    kept: dict[int, Counter[tuple[int, int]]] = {}
+    for _ in range(data.draw(st.integers(1, 6))):
+        weights = (
+            data.draw(st.sampled_from([weights, data.draw(stage_weights(len(tasks)))]))
+            if changes
+            else weights
+        )
+        plan, described = go_on(
+            saved, checkpoint, tasks, weights, n, 10_000, allow=("weights",) if changes else ()
+        )
+        world_size, interval = data.draw(st.integers(1, 64)), data.draw(st.integers(1, 5))
+        killed = checkpoint + data.draw(st.integers(0, 12))
+        life = {index: computed(plan, index, world_size) for index in range(checkpoint, killed)}
+        written = killed // interval * interval
+        if written > checkpoint:
+            kept |= {index: pairs for index, pairs in life.items() if index < written}
+            stages += [(checkpoint, weights)] if weights != stages[-1][1] else []
+            checkpoint, saved = written, described
+    edges = [*(first for first, _ in stages), checkpoint]
+    own = sum(np.array(split_draws((b - a) * n, w)) for (a, w), b in zip(stages, edges[1:], strict=True))
+    expected = Counter(
+        (number, example)
+        for number, shards in enumerate(tasks)
+        for example in TaskStream.of(number, shards).draws(5, 0, int(own[number])).tolist()
+    )
+    assert sum(kept.values(), Counter()) == expected
+    if not changes:
+        assert all(pairs == Counter(consumed(undisturbed, i, i + 1)) for i, pairs in kept.items())
+
+
+@given(task_lists, st.integers(1, 20), st.data())
+@settings(deadline=None, max_examples=60)
+def test_a_task_that_sleeps_for_a_stage_goes_on_where_it_was(
+    tasks: list[Shards], n: int, data: st.DataObject
+) -> None:
+    weights = data.draw(stage_weights(len(tasks)))
+    plan, saved = start(tasks, weights, n, 10_000)
+    step = 0
+    drawn: list[tuple[int, int]] = []
+    for _ in range(data.draw(st.integers(1, 6))):
+        stop = step + data.draw(st.integers(0, 10))
+        stage = consumed(plan, step, stop)
+        assert not {task for task, _ in stage if not weights[task]}, "a sleeping task was drawn"
+        drawn, step, weights = drawn + stage, stop, data.draw(stage_weights(len(tasks)))
+        plan, saved = go_on(saved, step, tasks, weights, n, 10_000, allow=("weights",))
+    assert consumed(plan, 0, step) == drawn, "the last plan tells the past differently"
+    for number, shards in enumerate(tasks):
+        mine, size = [example for task, example in drawn if task == number], sum(shards)
+        for first in range(0, len(mine), size):
+            epoch = mine[first : first + size]
+            assert len(set(epoch)) == len(epoch) and set(epoch) <= set(range(size))
 
 
 def test_the_mix_stays_exact_after_a_change() -> None:

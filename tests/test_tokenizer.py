@@ -14,7 +14,7 @@ import pytest
 
 from voxtral_dist import lengths
 from voxtral_dist.errors import UserError
-from voxtral_dist.lengths import token_lengths
+from voxtral_dist.lengths import example_lengths
 from voxtral_dist.packing import pack
 from voxtral_dist.shard_format import read_columns
 from voxtral_dist.shards import ShardSet
@@ -108,31 +108,39 @@ def data_set(tmp_path: Path) -> ShardSet:
 def expected(shards: ShardSet, vocabulary: TekkenVocabulary) -> list[list[int]]:
     samples = [shards.sample(index) for index in range(len(shards))]
     prompts = [len(prompt_ids(sample, vocabulary, audio_tokens=0)) for sample in samples]
-    return [prompts, [len(target_ids(sample.target, vocabulary)) for sample in samples]]
+    targets = [len(target_ids(sample.target, vocabulary)) for sample in samples]
+    return [prompts, targets, [0] * len(samples)]
 
 
 def test_counts_are_those_of_the_ids_and_are_cached(
     data_set: ShardSet, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vocabulary = TekkenVocabulary.load(str(small))
-    prompt, target = token_lengths(data_set, vocabulary)
+    prompt, target, samples = example_lengths(data_set, vocabulary)
     assert len(data_set.shard_names) > 2
     assert prompt.dtype == target.dtype == np.uint32
-    assert [prompt.tolist(), target.tolist()] == expected(data_set, vocabulary)
+    assert [prompt.tolist(), target.tolist(), samples.tolist()] == expected(data_set, vocabulary)
     files = sorted(data_set.folder.glob("*.tokens.*.safetensors"))
     assert len(files) == len(data_set.shard_names)
     before = [file.read_bytes() for file in files]
+    (whole,) = data_set.folder.glob("lengths.*.npy")
+    table = whole.read_bytes()
 
-    monkeypatch.setattr(lengths, "_count", None)  # counting again would fail
-    again = token_lengths(data_set, vocabulary)
-    assert [counts.tolist() for counts in again] == [prompt.tolist(), target.tolist()]
+    monkeypatch.setattr(lengths._Counter, "_count", None)  # counting again would fail
+    again = example_lengths(data_set, vocabulary)
+    assert isinstance(again, np.memmap)
+    assert again[:2].tolist() == [prompt.tolist(), target.tolist()]
+    whole.unlink()
+    assert example_lengths(data_set, vocabulary)[:2].tolist() == again[:2].tolist()
     monkeypatch.undo()
 
     files[0].write_bytes(before[1])  # of another tar
     files[1].write_bytes(b"damaged")
-    assert token_lengths(data_set, vocabulary)[1].tolist() == target.tolist()
-    assert [file.read_bytes() for file in files] == before
-    token_lengths(data_set, vocabulary, spoken_question=True)
+    whole.write_bytes(table[:-4])
+    assert example_lengths(data_set, vocabulary)[1].tolist() == target.tolist()
+    assert [file.read_bytes() for file in files] == before and whole.read_bytes() == table
+    example_lengths(data_set, vocabulary, spoken_question=True)
+    assert len(list(data_set.folder.glob("lengths.*.npy"))) == 2
     assert len(list(data_set.folder.glob("*.tokens.*"))) == 2 * len(files)
     assert read_columns(files[0])[1] == {"tar_sha256": data_set.shard_sha256[0]}
 
@@ -145,18 +153,18 @@ def test_spoken_question_leaves_the_question_out(small: Path, tmp_path: Path) ->
     (tmp_path / "s.jsonl").write_text(json.dumps(row))
     shards = ShardSet.open(pack([tmp_path / "s.jsonl"], tmp_path / "out")[0])
     vocabulary = TekkenVocabulary.load(str(small))
-    assert token_lengths(shards, vocabulary, spoken_question=True)[0].tolist() == [4]
+    assert example_lengths(shards, vocabulary, spoken_question=True)[:, 0].tolist()[::2] == [4, 1600]
     written = 4 + len(vocabulary.encode("a long question?"))
-    assert token_lengths(shards, vocabulary)[0].tolist() == [written]
+    assert example_lengths(shards, vocabulary)[0].tolist() == [written]
 
 
 RANK = """
 import sys
-from voxtral_dist.lengths import token_lengths
+from voxtral_dist.lengths import example_lengths
 from voxtral_dist.shards import ShardSet
 from voxtral_dist.tokenizer import TekkenVocabulary
 shards, vocabulary = ShardSet.open(sys.argv[1]), TekkenVocabulary.load(sys.argv[2])
-counts = token_lengths(shards, vocabulary, slice_=(int(sys.argv[3]), 2))
+counts = example_lengths(shards, vocabulary, slice_=(int(sys.argv[3]), 2))
 print([column.tolist() for column in counts])
 """
 
@@ -176,7 +184,7 @@ def test_folder_that_cannot_be_written_is_counted_in_memory(
 ) -> None:
     vocabulary = TekkenVocabulary.load(str(small))
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
-    counts = token_lengths(data_set, vocabulary, slice_=(1, 2))
+    counts = example_lengths(data_set, vocabulary, slice_=(1, 2))
     assert [column.tolist() for column in counts] == expected(data_set, vocabulary)
     assert not list(data_set.folder.glob("*.tokens.*"))
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from voxtral_dist.data_stats import collect, table
 from voxtral_dist.errors import UserError, run_main
 from voxtral_dist.foreign import index_tars
-from voxtral_dist.lengths import token_lengths
+from voxtral_dist.lengths import example_lengths
 from voxtral_dist.packing import FileReport, check, pack
 from voxtral_dist.shards import ShardSet
 from voxtral_dist.tasks import parse_task_list
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.model_id and folders:
         vocabulary = TekkenVocabulary.load(flags.model_id)
         for folder in folders:
-            token_lengths(ShardSet.open(folder), vocabulary, progress=True)
+            example_lengths(ShardSet.open(folder), vocabulary, progress=True)
     if folders:
         print(table([collect(folder) for folder in folders]))
 

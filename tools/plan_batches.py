@@ -17,7 +17,7 @@ from voxtral_dist import checkpoint, config, dry_run, prepare
 from voxtral_dist.audio import SAMPLE_RATE
 from voxtral_dist.audit import audit
 from voxtral_dist.config import TrainConfig
-from voxtral_dist.data import TrainData, open_tasks
+from voxtral_dist.data import TrainData
 from voxtral_dist.distributed import World
 from voxtral_dist.errors import UserError, run_main
 from voxtral_dist.report import table
@@ -64,8 +64,8 @@ def main() -> None:
 def load(flags: TrainConfig, world: World, checkpoint_dir: Path | None) -> TrainData:
     """The training data of a run, planned for some number of ranks."""
     collator = prepare.open_collator(flags)
-    folders = prepare.data_folders(flags, flags.train_shards, flags.train_jsonl, "train", ALONE)
-    return plan_data(flags, world, open_tasks(folders, collator), collator, checkpoint_dir)
+    tasks = prepare.open_data(flags, flags.train_shards, flags.train_jsonl, "train", ALONE, collator)
+    return plan_data(flags, world, tasks, collator, checkpoint_dir)
 
 
 def sampled(data: TrainData) -> list[int]:
@@ -79,8 +79,8 @@ def mix_lines(data: TrainData) -> list[str]:
     values = np.zeros((len(data.tasks), 3))
     for number, task in enumerate(data.tasks):
         ids = np.concatenate([step.examples[step.tasks == number] for step in steps])
-        hours = task.n_samples[ids].sum() / SAMPLE_RATE / 3600
-        values[number] = len(ids), hours, task.target_tokens[ids].sum()
+        hours = task.n_samples(ids).sum() / SAMPLE_RATE / 3600
+        values[number] = len(ids), hours, task.target_tokens(ids).sum()
     values *= data.plan.total_draws / sum(map(len, steps))
     shares = values / np.maximum(values.sum(0), 1e-12)
     rows = [

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from voxtral_dist import activity
 from voxtral_dist.errors import VoxtralDistError
 
 PATIENCE_S = 3600.0
@@ -74,6 +75,7 @@ def wait_for(missing: Callable[[], list[str]], poll_s: float = 0.2, patience_s: 
     while names := missing():
         now = time.monotonic()
         if names != last:
+            activity.now(f"waiting for {names[0]}", waiting=True)
             last, changed = names, now
         elif now - changed > patience_s:
             raise VoxtralDistError(

@@ -54,6 +54,11 @@ class AudioSpec:
         return -(-np.asarray(n_samples, np.int64) // self.chunk_samples)
 
 
+@lru_cache(maxsize=1)
+def _window() -> torch.Tensor:
+    return torch.hann_window(N_FFT)
+
+
 @lru_cache(maxsize=4)
 def _mel_filters(num_mel_bins: int) -> torch.Tensor:
     """Slaney mel filters float32 [mel bins, 201], the ones of ``WhisperFeatureExtractor``."""
@@ -86,10 +91,8 @@ def log_mel(audio: npt.NDArray[np.float32], spec: AudioSpec) -> torch.Tensor:
     voiced = min(total, -(-(len(audio) + N_FFT) // HOP) * HOP)
     signal = torch.zeros(voiced)
     signal[: len(audio)] = torch.from_numpy(audio)
-    power = (
-        torch.stft(signal, N_FFT, HOP, window=torch.hann_window(N_FFT), return_complex=True)[:, :-1].abs()
-        ** 2
-    )
+    spectrum = torch.stft(signal, N_FFT, HOP, window=_window(), return_complex=True)[:, :-1]
+    power = torch.view_as_real(spectrum).square().sum(-1)
     log = torch.clamp(_mel_filters(spec.num_mel_bins) @ power, min=LOG_FLOOR).log10()
     floor = float(log.max()) - DYNAMIC_RANGE
     silence = (max(float(np.log10(LOG_FLOOR)), floor) + 4.0) / 4.0

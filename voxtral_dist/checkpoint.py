@@ -23,7 +23,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from voxtral_dist import adapter, distributed, optimizer_state
+from voxtral_dist import activity, adapter, distributed, optimizer_state
 from voxtral_dist.atomic import flush, write_bytes, write_json
 from voxtral_dist.engine import TrainEngine
 from voxtral_dist.errors import NoCheckpointError, UserError, VoxtralDistError
@@ -64,6 +64,8 @@ def save(run_dir: Path, step: int, engine: TrainEngine, state: dict[str, Any]) -
     Raises:
         VoxtralDistError: writing failed; on all ranks alike, and nothing is left behind.
     """
+    activity.within(f"the checkpoint of step {step}")
+    activity.now("gathering", waiting=True)
     tensors, adam_step = optimizer_state.gather(engine)
     target = step_dir(run_dir, step)
 
@@ -80,12 +82,14 @@ def _on_main(work: Callable[[], None], what: str) -> None:
     """Do ``work`` on rank 0; every rank learns whether it failed."""
     failure = None
     if distributed.rank() == 0:
+        activity.now("writing")
         try:
             work()
         except (OSError, SafetensorError) as error:
             failure = (
                 f"{what} could not be written: {error}; free space or mend the directory, then start again"
             )
+    activity.now("agreeing on the end", waiting=True)
     failure = distributed.broadcast_json(failure)
     if failure:
         raise VoxtralDistError(failure)

@@ -29,8 +29,10 @@ class DataConfig:
     Attributes:
         model_id: a Voxtral folder or hub id, for example mistralai/Voxtral-Mini-3B-2507
         output_dir: the run directory; everything that is written goes there
-        val_shards: packed dev sets, comma separated folders (each holds a manifest.json)
+        val_shards: packed dev sets, comma separated folders (each holds a manifest.json) or https and s3 URLs
         val_jsonl: dev sets as JSONL, comma separated; packed into the output directory first
+        shard_cache: a local folder for copies of shards that are read from a URL or slow storage; empty: none
+        shard_cache_gb: most GB that its tars may take together
         tasks: task of each data file in order, comma separated (asr, sqa, tqa); empty: detected by the keys
         sqa_question: 'written': the question follows the audio; 'spoken': the audio is the question
         per_device_bsz: examples per rank and micro-batch (rows of one forward pass)
@@ -46,6 +48,8 @@ class DataConfig:
     output_dir: str = ""
     val_shards: CommaList = ""
     val_jsonl: CommaList = ""
+    shard_cache: str = ""
+    shard_cache_gb: float = 200.0
     tasks: CommaList = ""
     sqa_question: Literal["written", "spoken"] = "written"
     per_device_bsz: int = 4
@@ -60,6 +64,7 @@ class DataConfig:
         """Check what does not need the data. Raises :class:`UserError` with one line."""
         for name in ("per_device_bsz", "max_len", "num_workers"):
             _at_least(self, name, 1)
+        _at_least(self, "shard_cache_gb", 0.0)
         if split_list(self.val_shards) and split_list(self.val_jsonl):
             raise UserError(
                 "both --val_shards and --val_jsonl are given; the dev data would be ambiguous, give one"
@@ -78,7 +83,7 @@ class TrainConfig(DataConfig):
     """Settings of launch/train.py.
 
     Attributes:
-        train_shards: packed training sets, comma separated folders (each holds a manifest.json)
+        train_shards: packed training sets, comma separated folders (each holds a manifest.json) or https and s3 URLs
         train_jsonl: training sets as JSONL, comma separated; packed into the output directory first
         grad_accum: micro-batches of per_device_bsz examples per rank and step, at the first start
         global_batch_size: examples per optimizer step over all ranks; 0: per_device_bsz x grad_accum x ranks
@@ -89,6 +94,10 @@ class TrainConfig(DataConfig):
         packed: put several examples into one row instead of padding; the loss and the gradient are the same
         task_weights: share of examples per task, '1.0,1.5,1.2' in the order asr,sqa,tqa or 'asr=1,tqa=2';
             empty: in proportion to the number of examples
+        stages: the curriculum, a YAML file or 'NAME:SHARE:WEIGHTS; ...', for example
+            'text:0.2:tqa=1; all:0.8:1,1.5,1.2'; instead of task_weights
+        lr_schedule: one learning-rate curve over the run, or one per stage
+        rewarmup_steps: steps over which the rate comes back from 0 after the weights changed
         task_batch_sizes: at most k examples of a task in a micro-batch, 'asr=4,sqa=2,tqa=8'
         loss_norm: what weighs equally in the loss: every target token, every example or every task of the step
         label_smoothing: share of the target probability spread evenly over the vocabulary, in [0, 1)
@@ -107,6 +116,7 @@ class TrainConfig(DataConfig):
         save_steps: write a checkpoint every so many steps, besides at evaluations and the end; 0: only those
         save_total_limit: checkpoints kept besides the best one
         max_skipped_steps: give up after so many steps in a row with a non-finite loss or gradient
+        stall_timeout: seconds a rank may stand still before it is named and the run ends; 0: for ever
         resume: 'auto': go on from the newest checkpoint of the output directory; 'none': it must hold no run
         allow_change: what may differ from the run that goes on: weights, global_batch, data (added behind the old)
         ds_config: DeepSpeed JSON to use instead of the built-in ZeRO-2 settings (see ds_configs/)
@@ -123,6 +133,9 @@ class TrainConfig(DataConfig):
     max_tokens_per_micro_batch: int = 0
     packed: bool = False
     task_weights: str = ""
+    stages: str = ""
+    lr_schedule: Literal["run", "stage"] = "run"
+    rewarmup_steps: int = 20
     task_batch_sizes: str = ""
     loss_norm: Literal["tokens", "examples", "tasks"] = "tokens"
     label_smoothing: float = 0.0
@@ -141,6 +154,7 @@ class TrainConfig(DataConfig):
     save_steps: int = 500
     save_total_limit: int = 3
     max_skipped_steps: int = 20
+    stall_timeout: float = 600.0
     resume: Literal["auto", "none"] = "auto"
     allow_change: CommaList = ""
     ds_config: str = ""
@@ -164,13 +178,18 @@ class TrainConfig(DataConfig):
             "max_tokens_per_micro_batch",
             "eval_steps",
             "save_steps",
+            "rewarmup_steps",
         ):
             _at_least(self, name, 0)
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "lora_alpha"):
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "lora_alpha", "stall_timeout"):
             _at_least(self, name, 0.0)
         for name in ("label_smoothing", "warmup_ratio", "lora_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"--{name} {getattr(self, name)} is not in [0, 1)")
+        if self.stages and self.task_weights:
+            raise UserError(
+                "--stages and --task_weights are both given; the stages hold the weights, give one"
+            )
         if not 0.0 <= self.max_overlong_rate <= 1.0:
             raise UserError(f"--max_overlong_rate {self.max_overlong_rate} is not in [0, 1]")
         if self.max_steps == 0 and not (math.isfinite(self.epochs) and self.epochs > 0):

@@ -162,6 +162,20 @@ def broadcast_json(value: Any) -> Any:
     return json.loads(bytes(data.cpu().numpy()))
 
 
+def open_store(port: int = 0) -> Any:
+    """A small key-value store in the memory of rank 0, apart from the process group, for threads of their own.
+
+    Requests wait for as long as the connection stands: a stopped rank 0 does not answer.
+
+    Args:
+        port: where rank 0 serves. 0, for rank 0: serve on a free port, the ``port`` of the result.
+    """
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    store = dist.TCPStore(host, port, is_master=port == 0, wait_for_workers=False)
+    store.set_timeout(timedelta(days=1))
+    return store
+
+
 def _device() -> torch.device:
     """Where tensors of collectives must live."""
     if dist.get_backend() == "nccl":

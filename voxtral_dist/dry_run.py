@@ -27,7 +27,7 @@ def plan_lines(data: TrainData, world_size: int) -> list[str]:
         [
             name,
             f"{len(stream):,}",
-            f"{data.overlong[name]:,}",
+            f"{len(data.left_out[name]):,}",
             f"{n:,}",
             f"{n / plan.total_draws:.1%}",
             f"{n / len(stream):.2f}",

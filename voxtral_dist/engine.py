@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from voxtral_dist import distributed
+from voxtral_dist import activity, distributed
 from voxtral_dist.batch import MicroBatch
 from voxtral_dist.errors import UserError
 from voxtral_dist.model import TrainingModel
@@ -182,20 +182,25 @@ class TrainEngine:
         self.model.train()
         with self._engine.coalesce_grad_reduction():
             sums = self._accumulate(micro_batches)
+            activity.now("the reduction", waiting=True)
             sums[_STOP] = float(stop())
             distributed.all_reduce_sum(sums)
             totals = sums.tolist()
             self._finish_gradients(self._denominator(totals), poisoned=totals[_NON_FINITE] > 0)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        activity.now("the update", waiting=True)
         self._engine.step()
+        activity.now("the records")
         return self._result(totals)
 
     def _accumulate(self, micro_batches: Iterable[MicroBatch]) -> torch.Tensor:
         """Forward and backward of this rank's micro-batches; their sums, float64 [_HEAD + 2 x tasks]."""
         tasks = self.model.num_tasks
         sums = torch.zeros(_HEAD + 2 * tasks, dtype=torch.float64, device=self._device)
-        for host_batch in micro_batches:
+        activity.now("reading micro-batch 1")
+        for number, host_batch in enumerate(micro_batches, 1):
+            activity.now(f"micro-batch {number}")
             batch = host_batch.to(self._device)
             torch.manual_seed(_dropout_seed(self.settings.seed, batch.first_draw))
             result = self._engine(batch)
@@ -210,6 +215,7 @@ class TrainEngine:
             work = [batch.samples, batch.tokens, batch.positions, batch.audio_seconds]
             counts = [*work, bad, batch.samples - bad, batch.draw_hash]
             sums[_COUNTS] += torch.tensor(counts, dtype=torch.float64).to(self._device)
+            activity.now(f"reading micro-batch {number + 1}")
         return sums
 
     def _denominator(self, totals: list[float]) -> float:

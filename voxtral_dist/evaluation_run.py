@@ -9,9 +9,9 @@ from typing import Any
 from voxtral_dist import adapter, checkpoint, distributed, evaluator, prepare, report
 from voxtral_dist.atomic import write_json
 from voxtral_dist.config import EvalConfig, load_yaml
-from voxtral_dist.data import EvalData, open_tasks
 from voxtral_dist.distributed import World
 from voxtral_dist.errors import UserError
+from voxtral_dist.eval_data import EvalData
 from voxtral_dist.tasks import TASKS
 
 
@@ -48,8 +48,7 @@ def evaluate(config: EvalConfig, world: World) -> None:
     out = Path(config.output_dir)
     folder = checkpoint.find_adapter(Path(config.lora_dir)) if config.lora_dir else None
     collator = prepare.open_collator(config)
-    folders = prepare.data_folders(config, config.val_shards, config.val_jsonl, "dev", world)
-    tasks = open_tasks(folders, collator, (world.rank, world.world_size))
+    tasks = prepare.open_data(config, config.val_shards, config.val_jsonl, "dev", world, collator)
     data = EvalData(tasks, collator, config.max_len)
     device = distributed.local_device(world)
     distributed.start(device)

@@ -16,12 +16,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from voxtral_dist import distributed, scoring
+from voxtral_dist import activity, distributed, scoring
 from voxtral_dist.atomic import write_bytes, write_json
 from voxtral_dist.collator import Example
-from voxtral_dist.data import EvalData
 from voxtral_dist.decode import greedy_decode
 from voxtral_dist.errors import BadSamplesError
+from voxtral_dist.eval_data import EvalData
 from voxtral_dist.tasks import TASKS
 from voxtral_dist.text_norm import NORMALIZER
 
@@ -74,9 +74,11 @@ def evaluate(
     records = [record for batch in _decode_share(model, data, settings) for record in batch]
     seconds = time.perf_counter() - started
     model.train(was_training)
+    activity.now("gathering the predictions", waiting=True)
     shares = distributed.gather_json({"records": records, "seconds": seconds})
     if shares is None:
         return None
+    activity.now("scoring")
     return _assemble(data, shares, provenance or {})
 
 
@@ -98,6 +100,7 @@ def _decode_share(model: Any, data: EvalData, settings: EvalSettings) -> Iterato
     with ThreadPoolExecutor(settings.num_workers) as pool, _progress(total, rank) as bar:
         waiting = [pool.submit(read, pairs) for pairs in batches[: settings.num_workers]]
         for number in range(len(batches)):
+            activity.now(f"batch {number + 1}")
             examples = waiting.pop(0).result()
             if number + settings.num_workers < len(batches):
                 waiting.append(pool.submit(read, batches[number + settings.num_workers]))

@@ -25,58 +25,55 @@ def split_draws(count: int, weights: Sequence[int]) -> list[int]:
     return out
 
 
-def parse_weights(text: str, tasks: Sequence[str], counts: Sequence[int]) -> tuple[int, ...]:
+def parse_weights(
+    text: str, tasks: Sequence[str], counts: Sequence[int], flag: str = "--task_weights", some: bool = False
+) -> tuple[int, ...]:
     """Integer weights of ``tasks`` from ``--task_weights``.
 
     Args:
         text: ``1.0,1.5,1.2`` in the order of ``tasks``, or ``asr=1,tqa=2``; empty: the examples' ``counts``.
         tasks: the tasks that have training data, in their fixed order.
         counts: training examples per task.
+        flag: what to call it in errors.
+        some: a task that is not named has weight 0, as in a stage in which it sleeps.
 
     Raises:
         UserError: not a positive finite number, another number of weights than of tasks, unknown or missing task.
     """
     if not text.strip():
         return _reduced(list(counts))
-    items = [item.strip() for item in text.split(",")]
-    named = ["=" in item for item in items]
-    if any(named):
-        values = dict(_named_weight(item, text, tasks) for item in items)
+    items, what = [item.strip() for item in text.split(",")], f"{flag} {text!r}"
+    if any("=" in item for item in items):
+        values = dict(_named_weight(item, what, tasks) for item in items)
         missing = [task for task in tasks if task not in values]
-        if missing:
-            raise UserError(
-                f"--task_weights {text!r} gives no weight for {', '.join(missing)}; add it or drop the data"
-            )
-        numbers = [values[task] for task in tasks]
+        if missing and not some:
+            raise UserError(f"{what} gives no weight for {', '.join(missing)}; add it or drop the data")
+        numbers = [values.get(task, Decimal(0)) for task in tasks]
     else:
         if len(items) != len(tasks):
             raise UserError(
-                f"--task_weights {text!r} has {len(items)} weights for {len(tasks)} tasks ({', '.join(tasks)}); "
+                f"{what} has {len(items)} weights for {len(tasks)} tasks ({', '.join(tasks)}); "
                 "give one per task, in this order"
             )
-        numbers = [_weight(item, text) for item in items]
+        numbers = [_weight(item, what) for item in items]
     scale = 10 ** max(0, *(-int(number.as_tuple().exponent) for number in numbers))
     return _reduced([int(number * scale) for number in numbers])
 
 
-def _named_weight(item: str, text: str, tasks: Sequence[str]) -> tuple[str, Decimal]:
+def _named_weight(item: str, what: str, tasks: Sequence[str]) -> tuple[str, Decimal]:
     name, _, value = (part.strip() for part in item.partition("="))
     if name not in tasks:
-        raise UserError(
-            f"--task_weights {text!r}: no training data for {name!r}; tasks here are {', '.join(tasks)}"
-        )
-    return name, _weight(value, text)
+        raise UserError(f"{what}: no training data for {name!r}; tasks here are {', '.join(tasks)}")
+    return name, _weight(value, what)
 
 
-def _weight(value: str, text: str) -> Decimal:
+def _weight(value: str, what: str) -> Decimal:
     try:
         number = Decimal(value)
     except InvalidOperation as error:
-        raise UserError(f"--task_weights {text!r}: {value!r} is not a number") from error
+        raise UserError(f"{what}: {value!r} is not a number") from error
     if not (number.is_finite() and Decimal("1e-6") <= number <= Decimal("1e6")):
-        raise UserError(
-            f"--task_weights {text!r}: {value} is not between 1e-6 and 1e6; leave a task's data out to skip it"
-        )
+        raise UserError(f"{what}: {value} is not between 1e-6 and 1e6; leave a task out to skip it")
     return number
 
 

@@ -62,15 +62,13 @@ class Population:
     Args:
         tag: stable number of the task, part of every hash.
         shard_sizes: examples per shard, before the length filter.
-        accepted: bool [examples], which of them may be drawn; all by default.
+        left_out: numbers of the examples that are never drawn, ascending; none by default.
     """
 
-    def __init__(
-        self, tag: int, shard_sizes: Sequence[int], accepted: npt.NDArray[np.bool_] | None = None
-    ) -> None:
+    def __init__(self, tag: int, shard_sizes: Sequence[int], left_out: Int64 | None = None) -> None:
         self.tag = tag
         self._starts = np.concatenate([[0], np.cumsum(shard_sizes)]).astype(np.int64)
-        self._left_out = np.empty(0, np.int64) if accepted is None else np.flatnonzero(~accepted)
+        self._left_out = np.empty(0, np.int64) if left_out is None else left_out
         self._sizes = np.diff(self._starts) - np.diff(np.searchsorted(self._left_out, self._starts))
         self._cached_epoch = lru_cache(maxsize=2)(self._epoch)
         self._cached_block = lru_cache(maxsize=4)(self._block)
@@ -115,11 +113,9 @@ class TaskStream:
         self.generations = list(generations)
 
     @classmethod
-    def of(
-        cls, tag: int, shard_sizes: Sequence[int], accepted: npt.NDArray[np.bool_] | None = None
-    ) -> TaskStream:
+    def of(cls, tag: int, shard_sizes: Sequence[int], left_out: Int64 | None = None) -> TaskStream:
         """A stream whose data never changed."""
-        return cls([(0, 0, Population(tag, shard_sizes, accepted))])
+        return cls([(0, 0, Population(tag, shard_sizes, left_out))])
 
     def __len__(self) -> int:
         """Examples of the newest epoch."""
@@ -182,6 +178,7 @@ class Segment:
         weights: integer share of each task; 0 leaves a task out.
         global_batch_size: N, draws per step.
         offsets: own draws that each task had before.
+        stage: number of the stage it is of, or part of.
     """
 
     start_draw: int
@@ -189,6 +186,7 @@ class Segment:
     weights: tuple[int, ...]
     global_batch_size: int
     offsets: tuple[int, ...]
+    stage: int = 0
 
     def own_draws(self, draws: int) -> tuple[int, ...]:
         """Own draws of each task once ``draws`` draws of the run are consumed."""
@@ -234,6 +232,13 @@ class GlobalPlan:
     def segment_of(self, step: int) -> Segment:
         """The segment a step belongs to."""
         return self.segments[bisect_right([s.start_step for s in self.segments], step) - 1]
+
+    def stage_draws(self, step: int) -> tuple[int, int]:
+        """First draw of the stage a step belongs to, and its end."""
+        stage = self.segment_of(step).stage
+        starts = [s.start_draw for s in self.segments if s.stage == stage]
+        later = [s.start_draw for s in self.segments if s.stage > stage]
+        return starts[0], later[0] if later else self.total_draws
 
     def draws_after(self, step: int) -> int:
         """Draws consumed once ``step`` steps are done."""

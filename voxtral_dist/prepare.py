@@ -16,6 +16,8 @@ from voxtral_dist.collator import Collator
 from voxtral_dist.config import CommaList, DataConfig, TrainConfig, split_list
 from voxtral_dist.distributed import World
 from voxtral_dist.packing import pack
+from voxtral_dist.shard_cache import ShardCache
+from voxtral_dist.task_data import TaskData, open_tasks
 from voxtral_dist.tasks import parse_task_list
 from voxtral_dist.tokenizer import TekkenVocabulary
 
@@ -26,27 +28,33 @@ def open_collator(config: DataConfig) -> Collator:
     return Collator(TekkenVocabulary.load(config.model_id), spec, config.sqa_question == "spoken")
 
 
-def data_folders(
-    config: DataConfig, shards: CommaList, jsonl: CommaList, split: str, world: World
-) -> list[Path]:
-    """Packed data sets of a split: those named, or the JSONL files packed into the output directory.
+def open_data(
+    config: DataConfig, shards: CommaList, jsonl: CommaList, split: str, world: World, collator: Collator
+) -> list[TaskData]:
+    """The tasks of a split: of packed data sets, or of JSONL files that are packed into the output directory first.
 
-    All ranks pack together, each its slice, before the process group exists.
+    All ranks pack and count tokens together, each its slice, before the process group exists. Copies of shards in a
+    cache belong to one machine, so its first rank counts alone there.
     """
+    slice_ = (world.rank, world.world_size)
     if split_list(shards):
-        return [Path(folder) for folder in split_list(shards)]
+        cache = ShardCache.from_flags(config.shard_cache, config.shard_cache_gb)
+        if cache is not None:
+            return open_tasks(split_list(shards), collator, (0, 1) if world.local_rank == 0 else None, cache)
+        return open_tasks(split_list(shards), collator, slice_)
     files = [Path(name) for name in split_list(jsonl)]
     if not files:
         return []
-    return pack(
+    folders = pack(
         files,
         Path(config.output_dir) / "shards",
         split=split,
         tasks=parse_task_list(split_list(config.tasks), split_list(jsonl), f"the {split} data"),
-        slice_=(world.rank, world.world_size),
+        slice_=slice_,
         wait=True,
         progress=world.is_main,
     )
+    return open_tasks(folders, collator, slice_)
 
 
 def use_bf16(config: DataConfig, device: torch.device) -> bool:
@@ -83,7 +91,8 @@ def training_model(config: TrainConfig, device: torch.device, num_tasks: int) ->
 
 
 DECISIVE = (
-    *"label_smoothing loss_norm learning_rate warmup_ratio weight_decay max_grad_norm".split(),
+    *"label_smoothing loss_norm learning_rate warmup_ratio lr_schedule rewarmup_steps".split(),
+    *"weight_decay max_grad_norm".split(),
     *"lora_r lora_alpha lora_dropout lora_targets freeze_whisper sqa_question".split(),
 )
 """Settings that decide the parameters after a step."""

@@ -7,7 +7,10 @@ eval/step-00000100/  shards/  exit_status.json
 from __future__ import annotations
 
 import json
+import os
 import platform
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -143,3 +146,20 @@ def exit_status(output_dir: str, active: bool) -> Iterator[None]:
     finally:
         if active and run_dir.is_dir():
             write_json(path, {"exit_code": int(code), "message": message})
+
+
+def end_stalled(run_dir: Path, message: str) -> None:
+    """End this process with exit code 80 and record it; every rank that stops for a stall writes the same.
+
+    The file is not waited for long: the disk may be what hangs.
+    """
+    status = {"exit_code": int(ExitCode.STALLED), "message": message}
+
+    def write() -> None:
+        write_json(run_dir / EXIT_STATUS, status)
+        sys.stdout.flush()
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    writer.join(10.0)
+    os._exit(int(ExitCode.STALLED))

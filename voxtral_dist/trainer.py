@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from voxtral_dist import checkpoint, distributed
+from voxtral_dist import activity, checkpoint, distributed
 from voxtral_dist.atomic import write_bytes
 from voxtral_dist.batch import MicroBatch
 from voxtral_dist.config import TrainConfig
@@ -22,6 +21,7 @@ from voxtral_dist.engine import StepResult, TrainEngine
 from voxtral_dist.errors import BadSamplesError, ExitCode, NonFiniteError, VoxtralDistError
 from voxtral_dist.logger import get_logger
 from voxtral_dist.monitor import GpuMeter, NullMonitor, Throughput
+from voxtral_dist.schedule import Schedule
 
 MAX_BAD_SAMPLE_RATE = 0.01
 """Share of unreadable examples above which a run ends, once BAD_SAMPLES_GRACE of them were seen."""
@@ -57,18 +57,6 @@ class TrainState:
     task_tokens_seen: dict[str, float] = field(default_factory=dict)
 
 
-def cosine_with_warmup(progress: float, warmup_ratio: float) -> float:
-    """Factor of the peak learning rate: a linear rise over ``warmup_ratio`` of the run, then half a cosine to 0.
-
-    Args:
-        progress: share of the planned draws that are consumed, in [0, 1].
-        warmup_ratio: in [0, 1).
-    """
-    if progress < warmup_ratio:
-        return progress / warmup_ratio
-    return 0.5 * (1.0 + math.cos(math.pi * (progress - warmup_ratio) / (1.0 - warmup_ratio)))
-
-
 Evaluate = Callable[[int], dict[str, Any] | None]
 """Decodes and scores the dev data at a step; the metrics on rank 0, None elsewhere or without dev data."""
 
@@ -101,6 +89,9 @@ class Trainer:
         self.evaluate = evaluate
         self.state = state
         self.run_dir = Path(config.output_dir)
+        self.schedule = Schedule(
+            config.learning_rate, config.warmup_ratio, config.lr_schedule == "stage", config.rewarmup_steps
+        )
         self.throughput = Throughput()
         self.gpu_meter = GpuMeter()
         self._skipped_in_a_row = 0
@@ -133,7 +124,8 @@ class Trainer:
                 self._after_step(result)
 
     def _step(self, index: int, micro_batches: Iterator[MicroBatch]) -> StepResult:
-        rate = self.learning_rate(index)
+        activity.within(f"step {index + 1}")
+        rate = self.schedule.rate(self.data.plan, index)
         timed = _Timed(micro_batches)
         result = self.engine.train_step(timed, rate, stop=lambda: self._stop_requested)
         self.throughput.add(
@@ -146,14 +138,6 @@ class Trainer:
         self._count(result)
         self.monitor.scalars(self.state.step, self._scalars(result, rate))
         return result
-
-    def learning_rate(self, index: int) -> float:
-        """Learning rate of a step, by the middle of its draws."""
-        plan = self.data.plan
-        middle = (plan.draws_after(index) + plan.draws_after(index + 1)) / 2
-        return self.config.learning_rate * cosine_with_warmup(
-            middle / plan.total_draws, self.config.warmup_ratio
-        )
 
     def _count(self, result: StepResult) -> None:
         state = self.state
@@ -176,6 +160,7 @@ class Trainer:
             "data/draws_consumed": float(self.state.draws_consumed),
             "data/draw_hash": float(result.draw_hash),
             "train/bad_samples": float(self.state.bad_samples),
+            "train/stage": float(self.data.plan.segment_of(self.state.step - 1).stage),
             "train/epoch": self.state.draws_consumed / max(1, sum(map(len, self.data.plan.streams))),
         }
         total_tokens = sum(result.task_tokens)
@@ -232,6 +217,7 @@ class Trainer:
             self.run_dir, self.state.step, self.engine, asdict(self.state) | {"plan": self.data.history}
         )
         if distributed.rank() == 0:
+            activity.now("deleting what is older")
             checkpoint.prune(self.run_dir, self.config.save_total_limit)
 
     def _catch_signals(self) -> None:

@@ -9,17 +9,30 @@ from typing import Any
 
 import torch
 
-from voxtral_dist import checkpoint, distributed, dry_run, evaluator, model, prepare, report, run_dir
+from voxtral_dist import (
+    activity,
+    checkpoint,
+    distributed,
+    dry_run,
+    evaluator,
+    model,
+    prepare,
+    report,
+    run_dir,
+    watchdog,
+)
 from voxtral_dist import config as settings
 from voxtral_dist.collator import Collator
 from voxtral_dist.config import TrainConfig
-from voxtral_dist.data import EvalData, TaskData, TrainData, TrainSettings, fingerprints, open_tasks
+from voxtral_dist.data import TrainData, TrainSettings
 from voxtral_dist.distributed import World
 from voxtral_dist.engine import EngineSettings, TrainEngine, build_ds_config
 from voxtral_dist.errors import UserError, VoxtralDistError
+from voxtral_dist.eval_data import EvalData
 from voxtral_dist.logger import get_logger
 from voxtral_dist.monitor import Monitor, NullMonitor
 from voxtral_dist.shares import CostModel
+from voxtral_dist.task_data import TaskData, fingerprints
 from voxtral_dist.trainer import Trainer, TrainState
 
 log = get_logger(__name__)
@@ -34,15 +47,14 @@ def train(config: TrainConfig, world: World) -> None:
     Raises:
         VoxtralDistError: with the exit code of what happened, see :class:`~voxtral_dist.errors.ExitCode`.
     """
-    out, slice_ = Path(config.output_dir), (world.rank, world.world_size)
+    out = Path(config.output_dir)
     stored = run_dir.stored_identity(out) or {}
     if not config.dry_run:
         check_settings(config, out, stored)
     collator = prepare.open_collator(config)
-    train_folders = prepare.data_folders(config, config.train_shards, config.train_jsonl, "train", world)
-    dev_folders = prepare.data_folders(config, config.val_shards, config.val_jsonl, "dev", world)
-    tasks = open_tasks(train_folders, collator, slice_)
-    dev = EvalData(open_tasks(dev_folders, collator, slice_), collator, config.max_len)
+    tasks = prepare.open_data(config, config.train_shards, config.train_jsonl, "train", world, collator)
+    dev_tasks = prepare.open_data(config, config.val_shards, config.val_jsonl, "dev", world, collator)
+    dev = EvalData(dev_tasks, collator, config.max_len)
     data = plan_data(config, world, tasks, collator, None)
     if config.dry_run:
         if world.is_main:
@@ -53,15 +65,16 @@ def train(config: TrainConfig, world: World) -> None:
     device = distributed.local_device(world)
     distributed.start(device)
     try:
-        newest = checkpoint.newest_whole(out)
-        if newest:
-            data = plan_data(config, world, tasks, collator, newest)
-        check_same_plan(data, checkpoint.step_of(newest) if newest else 0)
-        if world.is_main:
-            print("\n".join(dry_run.plan_lines(data, world.world_size)), flush=True)
-            about = run_dir.environment(world.world_size, str(device)) | {"data": fingerprints(tasks)}
-            run_dir.begin(out, settings.dump_yaml(config), identity, about)
-        fit(config, data, dev, device, newest)
+        with watchdog.guarding(config.stall_timeout, partial(run_dir.end_stalled, out)):
+            newest = checkpoint.newest_whole(out)
+            if newest:
+                data = plan_data(config, world, tasks, collator, newest)
+            check_same_plan(data, checkpoint.step_of(newest) if newest else 0)
+            if world.is_main:
+                print("\n".join(dry_run.plan_lines(data, world.world_size)), flush=True)
+                about = run_dir.environment(world.world_size, str(device)) | {"data": fingerprints(tasks)}
+                run_dir.begin(out, settings.dump_yaml(config), identity, about)
+            fit(config, data, dev, device, newest)
     finally:
         distributed.stop()
 
@@ -172,6 +185,7 @@ def evaluate_step(
     if is_evaluated(Path(config.output_dir), name, dev):
         return None
     folder = Path(config.output_dir) / "eval" / name
+    activity.within(f"the evaluation at step {step}")
     how = evaluator.EvalSettings(config.per_device_bsz, config.eval_max_new_tokens, config.num_workers)
     result = evaluator.evaluate(voxtral, dev, how, {"model_id": config.model_id, "step": step})
     if result is None:

@@ -26,6 +26,7 @@ from voxtral_dist.collator import Collator, Example
 from voxtral_dist.engine import EngineSettings, TrainEngine
 from voxtral_dist.errors import NoCheckpointError, UserError, VoxtralDistError
 from voxtral_dist.sample import Sample
+from voxtral_dist.saver import Saver
 from voxtral_dist.tokenizer import TekkenVocabulary
 
 FILES = [
@@ -82,20 +83,24 @@ def save_and_load(rank: int, model_dir: str, run: str) -> dict[str, Any]:
     words = Sample("0", "tqa", "Which word?", ("one", "two")[rank : rank + 1])
     batch = collator.train_batch([Example(words, None, 0, 0, 1.0, "0")], first_draw=0)
     engine.train_step([batch], learning_rate=0.1)
-    checkpoint.save(run_dir, 1, engine, {"draws_consumed": 12})
+    saver = Saver(run_dir, keep=9, max_failures=1)
+    saver.save(1, engine, {"draws_consumed": 12})
+    saver.wait()
     if rank == 0:
         litter = run_dir / "checkpoints" / "step-00000002.tmp-1"
         (litter / "adapter").mkdir(parents=True)
         (litter / "trainer_state.json").write_text("{}")
     engine.train_step([batch], learning_rate=0.1)
-    checkpoint.save(run_dir, 2, engine, {"draws_consumed": 24})
+    saver.save(2, engine, {"draws_consumed": 24})
+    saver.wait()
     kept, before = state_of(engine), tree(run_dir)
 
     engine.train_step([batch], learning_rate=0.1)
     message = ""
     with full_disk(100_000):
         try:
-            checkpoint.save(run_dir, 3, engine, {"draws_consumed": 36})
+            saver.save(3, engine, {"draws_consumed": 36})
+            saver.wait()
         except VoxtralDistError as error:
             message = str(error)
     other, _ = build(model_dir, seed=2)

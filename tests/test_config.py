@@ -152,6 +152,10 @@ def test_config_yaml_gives_the_same_settings_back(tmp_path: Path) -> None:
         "task_weights": "",  # not beside stages
         "learning_rate": 3e-05,
         "lora_targets": "projector",
+        "tune": "projector",
+        "lora_rslora": False,  # not beside tune
+        "lora_dora": False,
+        "debug": False,  # not beside dry_run
         "resume": "none",
         "epochs": 0.1,
         "freeze_whisper": False,

@@ -236,7 +236,12 @@ def test_non_finite_step_is_skipped_everywhere(tale: dict[str, Any], story: dict
         assert not story[name]["applied"]
         assert story[name]["weights"] == story["stop"]["weights"]
         assert story[name]["moments"] == story["stop"]["moments"]
+    assert [rank for rank, _ in story["nan loss"]["suspects"]] == [1]
+    assert story["nan loss"]["suspects"][0][1] == ["7"], "the samples of the micro-batch, and no others"
+    assert [rank for rank, _ in story["nan gradient"]["suspects"]] == [0]
+    assert len(story["nan gradient"]["suspects"][0][1]) == 3, "all samples of the rank"
     assert story["next"]["applied"] and story["next"]["weights"] != story["stop"]["weights"]
+    assert len(story["good"]["seconds_by_rank"]) == 2 and min(story["good"]["seconds_by_rank"]) > 0
     assert story["next"]["moments"][0] == story["stop"]["moments"][0] + 1
 
 

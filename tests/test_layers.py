@@ -15,13 +15,14 @@ FILES = sorted((Path(__file__).resolve().parents[1] / PACKAGE).glob("*.py"))
 # "2 data" and "2 model" do not know each other.
 LAYERS = {
     "0 ground": "errors activity atomic config distributed logger watchdog workers",
-    "1 words": "sample tasks text_norm scoring loss batch",
+    "1 words": "sample tasks text_norm scoring loss batch flops early_stopping",
     "2 data": "tar_members shard_format shard_reader shard_source shard_cache shards foreign_tar foreign verify_tar "
     "verify data_stats jsonl jsonl_check pack_plan packing audio_file audio tokenizer lengths "
-    "mix stages plan plan_history schedule shares audit micro_batches collator task_data data eval_data",
-    "2 model": "model adapter engine optimizer_state checkpoint monitor decode run_dir",
-    "3 work": "trainer evaluator report prepare",
-    "4 runs": "dry_run training_run evaluation_run",
+    "mix stages plan plan_history schedule shares audit micro_batches collator task_data data step_loader eval_data",
+    "2 model": "model full_tuning adapter step_sums health train_state step_metrics engine "
+    "optimizer_state checkpoint saver monitor gpu_meter decode run_dir resume",
+    "3 work": "trainer validation_loss evaluator report prepare",
+    "4 runs": "dry_run debug_run training_run evaluation_run",
 }
 CLOSED = {"3 work"}
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}

@@ -180,9 +180,11 @@ def last(run: Path) -> Path:
 
 
 def final_state(run: Path) -> dict[str, Any]:
-    """The trainer state at the end; sums of seconds without the digits that their order decides."""
+    """The trainer state at the end, without the digits that the order of sums decides and without times."""
     state: dict[str, Any] = read(last(run) / "trainer_state.json")
-    return state | {"audio_seconds_seen": round(state["audio_seconds_seen"], 3)}
+    state.pop("totals")
+    rounded = {name: [round(loss, 3) for loss in state[name]] for name in ("recent_losses",)}
+    return state | rounded | {"audio_seconds_seen": round(state["audio_seconds_seen"], 3)}
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:

@@ -16,17 +16,18 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
 from safetensors.torch import load_file, save_file
 
-from voxtral_dist import activity, adapter, distributed, optimizer_state
+from voxtral_dist import adapter, distributed, optimizer_state
 from voxtral_dist.atomic import flush, write_bytes, write_json
 from voxtral_dist.engine import TrainEngine
-from voxtral_dist.errors import NoCheckpointError, UserError, VoxtralDistError
+from voxtral_dist.errors import NoCheckpointError, UserError
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
@@ -52,59 +53,51 @@ def published(run_dir: Path) -> list[Path]:
     return sorted(path for path in found if path.is_dir())
 
 
-def save(run_dir: Path, step: int, engine: TrainEngine, state: dict[str, Any]) -> Path:
-    """Write and publish the checkpoint of a step. Collective.
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint in host memory: trainer state with its step, optimizer state by name, adapter."""
+
+    state: dict[str, Any]
+    optimizer: dict[str, torch.Tensor]
+    adapter: adapter.Snapshot
+
+
+def snapshot(engine: TrainEngine, state: dict[str, Any]) -> Snapshot | None:
+    """Copy all that a checkpoint holds to the memory of rank 0; None elsewhere. Collective.
 
     Args:
-        run_dir: the run directory.
-        step: optimizer steps done.
         engine: of the run.
-        state: JSON-able trainer state.
+        state: JSON-able trainer state with the ``step``.
+    """
+    main = distributed.rank() == 0
+    tensors, adam_step = optimizer_state.gather(engine, keep=main)
+    if not main:
+        return None
+    return Snapshot(state | {"adam_step": adam_step}, tensors, adapter.snapshot(engine.model.model))
+
+
+def publish(run_dir: Path, taken: Snapshot) -> None:
+    """Write a checkpoint, unless the same one is there already, and point ``latest`` at it; for rank 0.
 
     Raises:
-        VoxtralDistError: writing failed; on all ranks alike, and nothing is left behind.
+        OSError, SafetensorError: writing failed; nothing is left behind.
     """
-    activity.within(f"the checkpoint of step {step}")
-    activity.now("gathering", waiting=True)
-    tensors, adam_step = optimizer_state.gather(engine)
-    target = step_dir(run_dir, step)
-
-    def write() -> None:
-        if verify(target) is not None:
-            _write(target, engine, tensors, state | {"step": step, "adam_step": adam_step})
-        write_bytes(run_dir / "latest", f"{target.name}\n".encode())
-
-    _on_main(write, f"checkpoint of step {step}")
-    return target
+    target = step_dir(run_dir, taken.state["step"])
+    if verify(target) is not None:
+        _write(target, taken)
+    write_bytes(run_dir / "latest", f"{target.name}\n".encode())
 
 
-def _on_main(work: Callable[[], None], what: str) -> None:
-    """Do ``work`` on rank 0; every rank learns whether it failed."""
-    failure = None
-    if distributed.rank() == 0:
-        activity.now("writing")
-        try:
-            work()
-        except (OSError, SafetensorError) as error:
-            failure = (
-                f"{what} could not be written: {error}; free space or mend the directory, then start again"
-            )
-    activity.now("agreeing on the end", waiting=True)
-    failure = distributed.broadcast_json(failure)
-    if failure:
-        raise VoxtralDistError(failure)
-
-
-def _write(target: Path, engine: TrainEngine, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+def _write(target: Path, taken: Snapshot) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     for old in target.parent.glob("*.tmp-*"):
         shutil.rmtree(old, ignore_errors=True)
     temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir()
-        adapter.save(engine.model.model, temporary / ADAPTER)
-        save_file(tensors, temporary / OPTIMIZER)
-        write_json(temporary / STATE, state)
+        adapter.write(taken.adapter, temporary / ADAPTER)
+        save_file(taken.optimizer, temporary / OPTIMIZER)
+        write_json(temporary / STATE, taken.state)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         for path in files:
             flush(path)
@@ -113,7 +106,7 @@ def _write(target: Path, engine: TrainEngine, tensors: dict[str, Any], state: di
         }
         write_json(
             temporary / MANIFEST,
-            {"schema": "voxtral-dist/checkpoint/1", "step": state["step"], "files": entries},
+            {"schema": "voxtral-dist/checkpoint/1", "step": taken.state["step"], "files": entries},
         )
         if target.exists():
             shutil.rmtree(target)
@@ -135,7 +128,10 @@ def _sha256(path: Path) -> str:
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint directory, None when it is whole."""
     try:
-        files = json.loads((path / MANIFEST).read_text("utf-8"))["files"]
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+        files = manifest["files"]
+        if path.name.startswith("step-") and manifest["step"] != step_of(path):
+            return f"the manifest is of step {manifest['step']}"
         for name, entry in files.items():
             if (path / name).stat().st_size != entry["bytes"]:
                 return f"{name} has {(path / name).stat().st_size} bytes instead of {entry['bytes']}"
@@ -191,7 +187,8 @@ def prune(run_dir: Path, keep: int) -> None:
     best = pointer(run_dir, "best")
     for path in published(run_dir)[:-keep]:
         if path != best:
-            (path / MANIFEST).unlink(missing_ok=True)
+            with suppress(OSError):
+                (path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
 
 

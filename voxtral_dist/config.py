@@ -37,6 +37,7 @@ class DataConfig:
         sqa_question: 'written': the question follows the audio; 'spoken': the audio is the question
         per_device_bsz: examples per rank and micro-batch (rows of one forward pass)
         max_len: language-model positions an example may take, audio included
+        load_in_4bit: keep the language model's frozen linears in 4 bits (NF4); needs the extra voxtral-dist[4bit]
         bf16: bfloat16 for the frozen model and the matrix products; default: yes on a GPU, no on a CPU
         tf32: let fp32 matrix products use TF32 on CUDA
         num_workers: threads per rank that read and decode examples
@@ -54,6 +55,7 @@ class DataConfig:
     sqa_question: Literal["written", "spoken"] = "written"
     per_device_bsz: int = 4
     max_len: int = 2048
+    load_in_4bit: bool = False
     bf16: bool | None = None
     tf32: bool = False
     num_workers: int = 2
@@ -107,20 +109,34 @@ class TrainConfig(DataConfig):
         max_grad_norm: clip the global gradient norm at this value; 0: no clipping
         grad_ckpt: recompute the language model's layers in the backward pass (less memory, more time)
         freeze_whisper: keep the audio encoder frozen; false trains all of it
+        tune: what trains: 'lora': an adapter; 'projector': the projector's own weights; 'language_model': those of the
+            language model's layers too, in float32
+        init_adapter: begin from the weights of a run, checkpoint or adapter folder (as --lora_dir) of the same form
         lora_r: rank of the adapter
         lora_alpha: scale of the adapter, the update is multiplied by alpha / r
         lora_dropout: dropout on the adapter's input
         lora_targets: where adapters sit: the language model's linears, the projector's, or both
+        lora_rslora: scale the update by alpha / sqrt(r) instead of alpha / r (rsLoRA)
+        lora_dora: train the length of each weight's rows apart from their direction (DoRA)
         eval_steps: decode the dev sets every so many steps, besides before and after training; 0: only those two
+        val_loss_steps: measure the loss of 64 dev examples per task every so many steps; 0: never
+        best_metric: what names the best checkpoint: macro, weighted or TASK.SCORE such as asr.cer
+        early_stopping_patience: stop after so many evaluations without a gain, in the last stage; 0: never
+        early_stopping_min_delta: gain of the best score that counts
         eval_max_new_tokens: most tokens a decoded answer may have
         save_steps: write a checkpoint every so many steps, besides at evaluations and the end; 0: only those
         save_total_limit: checkpoints kept besides the best one
+        max_failed_saves: give up after so many checkpoints in a row that could not be written; 0: after the first
+        spike_factor: go back to the last checkpoint and past the steps since then when the loss exceeds so many times
+            the median of the last 50; 0: never
         max_skipped_steps: give up after so many steps in a row with a non-finite loss or gradient
         stall_timeout: seconds a rank may stand still before it is named and the run ends; 0: for ever
-        resume: 'auto': go on from the newest checkpoint of the output directory; 'none': it must hold no run
+        resume: 'auto': go on from the newest checkpoint of the output directory; 'none': it must hold no run; or
+            RUN/checkpoints/step-00000100: from this one, of the run itself (later ones are set aside) or another
         allow_change: what may differ from the run that goes on: weights, global_batch, data (added behind the old)
         ds_config: DeepSpeed JSON to use instead of the built-in ZeRO-2 settings (see ds_configs/)
         dry_run: print the plan, ten decoded prompts with their label masks, balance and memory, and stop
+        debug: train up to 3 steps on a few examples, print batches, gradients and memory, write nothing, and stop
     """
 
     train_shards: CommaList = ""
@@ -145,23 +161,35 @@ class TrainConfig(DataConfig):
     max_grad_norm: float = 1.0
     grad_ckpt: bool = False
     freeze_whisper: bool = True
+    tune: Literal["lora", "projector", "language_model"] = "lora"
+    init_adapter: str = ""
     lora_r: int = 16
     lora_alpha: float = 32.0
     lora_dropout: float = 0.05
     lora_targets: Literal["language_model", "projector", "both"] = "both"
+    lora_rslora: bool = False
+    lora_dora: bool = False
     eval_steps: int = 0
+    val_loss_steps: int = 0
+    best_metric: str = "macro"
+    early_stopping_patience: int = 0
+    early_stopping_min_delta: float = 0.0
     eval_max_new_tokens: int = 256
     save_steps: int = 500
     save_total_limit: int = 3
+    max_failed_saves: int = 3
+    spike_factor: float = 0.0
     max_skipped_steps: int = 20
     stall_timeout: float = 600.0
-    resume: Literal["auto", "none"] = "auto"
+    resume: str = "auto"
     allow_change: CommaList = ""
     ds_config: str = ""
     dry_run: bool = False
+    debug: bool = False
 
     def validate(self) -> None:
         super().validate()
+        self._check_tune()
         for name in ("model_id", "output_dir"):
             _required(self, name)
         self.one_of("train_shards", "train_jsonl")
@@ -177,7 +205,11 @@ class TrainConfig(DataConfig):
             "max_steps",
             "max_tokens_per_micro_batch",
             "eval_steps",
+            "val_loss_steps",
+            "early_stopping_patience",
+            "early_stopping_min_delta",
             "save_steps",
+            "max_failed_saves",
             "rewarmup_steps",
         ):
             _at_least(self, name, 0)
@@ -186,6 +218,12 @@ class TrainConfig(DataConfig):
         for name in ("label_smoothing", "warmup_ratio", "lora_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"--{name} {getattr(self, name)} is not in [0, 1)")
+        if self.spike_factor and not 1.0 < self.spike_factor < math.inf:
+            raise UserError(f"--spike_factor {self.spike_factor} must be above 1, or 0 for no guard")
+        if self.early_stopping_patience and not self.eval_steps:
+            raise UserError(
+                f"--early_stopping_patience {self.early_stopping_patience} counts evaluations; give --eval_steps too"
+            )
         if self.stages and self.task_weights:
             raise UserError(
                 "--stages and --task_weights are both given; the stages hold the weights, give one"
@@ -195,6 +233,19 @@ class TrainConfig(DataConfig):
         if self.max_steps == 0 and not (math.isfinite(self.epochs) and self.epochs > 0):
             raise UserError(
                 f"--epochs {self.epochs} leaves nothing to train; give a positive number or --max_steps"
+            )
+
+    def _check_tune(self) -> None:
+        for name in ("lora_rslora", "lora_dora"):
+            if getattr(self, name) and self.tune != "lora":
+                raise UserError(f"--{name} with --tune {self.tune}: there is no adapter; give --tune lora")
+        if self.load_in_4bit and self.tune == "language_model":
+            raise UserError(
+                "--load_in_4bit with --tune language_model: weights in 4 bits cannot train; leave one out"
+            )
+        if self.dry_run and self.debug:
+            raise UserError(
+                "--dry_run and --debug are both given; one trains nothing, the other does; give one"
             )
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,17 +13,12 @@ from voxtral_dist.collator import Collator
 from voxtral_dist.errors import UserError
 from voxtral_dist.micro_batches import Caps, cut
 from voxtral_dist.mix import parse_task_caps, parse_weights
-from voxtral_dist.plan import ALGORITHM, SHARD_BLOCK, GlobalPlan, Int64, Step, draw_hashes
+from voxtral_dist.plan import ALGORITHM, GlobalPlan, Int64, Step, draw_hashes
 from voxtral_dist.plan_history import PlanSettings, TaskSource, continue_history, describe, first_history
-from voxtral_dist.shard_cache import ShardReadAhead
-from voxtral_dist.shards import ShardSet
 from voxtral_dist.shares import CostModel, equal_cost_shares, share_balance
 from voxtral_dist.stages import parse_stages
 from voxtral_dist.task_data import TaskData
 from voxtral_dist.tasks import TASKS
-
-READ_AHEAD_STEPS = 2
-"""Steps whose micro-batches are read while one is computed."""
 
 
 @dataclass(frozen=True)
@@ -195,11 +188,13 @@ class TrainData:
         pairs = zip(step.tasks.tolist(), step.examples.tolist(), strict=True)
         return dict(zip(pairs, values.tolist(), strict=True))
 
-    def micro_batch_draws(self, step: Step, rank: int, world_size: int) -> list[Int64]:
-        """A rank's draws of a step by micro-batch, as indices into the step."""
+    def micro_batch_draws(
+        self, step: Step, rank: int, world_size: int, caps: Caps | None = None
+    ) -> list[Int64]:
+        """A rank's draws of a step by micro-batch, as indices into the step; within ``caps``, by default its own."""
         share = self.shares(step, world_size)[rank]
         positions = self._per_draw(step, lambda task, ids: task.positions(ids))
-        return [share[part] for part in cut(step.tasks[share], positions[share], self.caps)]
+        return [share[part] for part in cut(step.tasks[share], positions[share], caps or self.caps)]
 
     def fill(self, step: Step, draws: Int64) -> tuple[int, int]:
         """Positions of a micro-batch without and with its padding."""
@@ -214,65 +209,3 @@ class TrainData:
         batch = self.collator.train_batch(examples, step.first_draw + int(draws.min()), self.settings.packed)
         hashes = draw_hashes(step.tasks[draws], step.examples[draws])
         return replace(batch, draw_hash=int(hashes.sum()))
-
-    def steps(
-        self, first_step: int, rank: int, world_size: int
-    ) -> Iterator[tuple[int, Iterator[MicroBatch]]]:
-        """This rank's micro-batches from ``first_step`` to the end of the run.
-
-        Steps are planned by a thread of its own and read by others, over step boundaries.
-        """
-
-        def planned(index: int) -> list[Future[MicroBatch]]:
-            step = self.plan.step(index)
-            weights = self.label_weights(step)
-            groups = self.micro_batch_draws(step, rank, world_size)
-            return [readers.submit(self.load, step, draws, weights) for draws in groups]
-
-        readers = ThreadPoolExecutor(self.settings.num_workers, thread_name_prefix="reader")
-        planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
-        queue: deque[tuple[int, Future[list[Future[MicroBatch]]]]] = deque()
-        ahead = self._read_ahead(first_step)
-        try:
-            for index in range(first_step, self.plan.num_steps):
-                queue.append((index, planner.submit(planned, index)))
-                if len(queue) > READ_AHEAD_STEPS:
-                    yield _results(*queue.popleft())
-            while queue:
-                yield _results(*queue.popleft())
-        finally:
-            if ahead:
-                ahead.close()
-            planner.shutdown(cancel_futures=True)
-            readers.shutdown(cancel_futures=True)
-
-    def _read_ahead(self, first_step: int) -> ShardReadAhead | None:
-        """Fetch shards in the order of the plan, where the data is read through a cache."""
-        sets = [shards for task in self.tasks for shards in task.sets]
-        cache = next((shards.cache for shards in sets if shards.cache), None)
-        if cache is None:
-            return None
-        all_fit = sum(shards.bytes for shards in sets) <= cache.bound // 2
-        block = sum(len(s.shard_names) for s in sets) if all_fit else 2 * SHARD_BLOCK * len(self.tasks)
-        return ShardReadAhead(self._shards_from(first_step, block), cache)
-
-    def _shards_from(self, first_step: int, block: int) -> Iterator[tuple[ShardSet, int]]:
-        """Each shard when the plan comes to it, and again when it comes back after ``block`` others."""
-        known: OrderedDict[tuple[str, int], None] = OrderedDict()
-        total = sum(len(shards.shard_names) for task in self.tasks for shards in task.sets)
-        for index in range(first_step, self.plan.num_steps):
-            step = self.plan.step(index)
-            for number, task in enumerate(self.tasks):
-                for shards, shard in task.shards_of(step.examples[step.tasks == number]):
-                    if (shards.fingerprint, shard) not in known:
-                        yield shards, shard
-                    known[shards.fingerprint, shard] = None
-                    known.move_to_end((shards.fingerprint, shard))
-            if len(known) == total:
-                return
-            while len(known) > block:
-                known.popitem(last=False)
-
-
-def _results(index: int, micro_batches: Future[list[Future[MicroBatch]]]) -> tuple[int, Iterator[MicroBatch]]:
-    return index, (future.result() for future in micro_batches.result())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 
 from voxtral_dist.config import TrainConfig
 from voxtral_dist.data import TrainData
+from voxtral_dist.engine import BUCKET_LIMIT
+from voxtral_dist.flops import VoxtralFlops
 from voxtral_dist.loss import IGNORE_INDEX
 from voxtral_dist.report import table
 
@@ -17,6 +20,9 @@ LOW_BALANCE, GOOD_BALANCE = 0.95, 0.98
 MANY_EPOCHS = 20
 ASSUMED_FLOPS = 400e12
 """Matmul rate that the time estimate assumes per GPU: 40% of the dense bf16 peak of an H100."""
+
+FOUR_BIT_BYTES = 0.516
+"""Per weight in NF4 with quantised scales: 4.127 bits (Dettmers et al. 2023, section 3)."""
 
 
 def plan_lines(data: TrainData, world_size: int) -> list[str]:
@@ -78,7 +84,7 @@ def prompt_lines(data: TrainData) -> Iterator[str]:
     """Ten prompts of the first step, decoded, each with its label mask: ``·`` without label, ``#`` with one."""
     step = data.plan.step(0)
     stride = max(1, len(step) // PROMPTS_SHOWN)
-    vocabulary, audio_id = data.collator.vocabulary, data.collator.vocabulary.special("[AUDIO]")
+    vocabulary = data.collator.vocabulary
     for draw in range(0, min(len(step), stride * PROMPTS_SHOWN), stride):
         task = data.tasks[int(step.tasks[draw])]
         example = task.read(int(step.examples[draw]))
@@ -87,10 +93,22 @@ def prompt_lines(data: TrainData) -> Iterator[str]:
         labels = torch.full_like(ids, IGNORE_INDEX)
         labels[batch.label_index + 1] = batch.labels
         yield f"{task.name} {example.sample.source}: {len(ids)} positions, {len(batch.labels)} labels"
-        yield f"  prompt {_show(ids[labels == IGNORE_INDEX].tolist(), vocabulary, audio_id)}"
-        yield f"  target {_show(ids[labels != IGNORE_INDEX].tolist(), vocabulary, audio_id)}"
-        text = ids != audio_id
-        yield "  mask   " + "".join("·" if label == IGNORE_INDEX else "#" for label in labels[text].tolist())
+        yield from masked_lines(ids, labels, vocabulary)
+
+
+def masked_lines(ids: torch.Tensor, labels: torch.Tensor, vocabulary: Any) -> Iterator[str]:
+    """Prompt, target and label mask of an example: ``·`` without label, ``#`` with one, audio slots left out.
+
+    Args:
+        ids: int64 [L].
+        labels: int64 [L], IGNORE_INDEX where there is none.
+        vocabulary: of the model.
+    """
+    audio_id = vocabulary.special("[AUDIO]")
+    yield f"  prompt {_show(ids[labels == IGNORE_INDEX].tolist(), vocabulary, audio_id)}"
+    yield f"  target {_show(ids[labels != IGNORE_INDEX].tolist(), vocabulary, audio_id)}"
+    text = ids != audio_id
+    yield "  mask   " + "".join("·" if label == IGNORE_INDEX else "#" for label in labels[text].tolist())
 
 
 def _show(ids: list[int], vocabulary: Any, audio_id: int) -> str:
@@ -122,7 +140,7 @@ def size_lines(
     config: TrainConfig, model_config: Any, data: TrainData, world_size: int, bytes_per_weight: int
 ) -> list[str]:
     """Estimates of memory per rank and of time, from the model's config and the plan."""
-    base, adapter = _count_parameters(config, model_config)
+    base, trained, linears = _count_parameters(config, model_config)
     text = model_config.text_config
     # what a decoder layer with adapters keeps per token for its backward pass: inputs of seven linears and of attention
     per_token = (
@@ -131,37 +149,33 @@ def size_lines(
     if config.grad_ckpt:
         per_token = text.hidden_size * bytes_per_weight * text.num_hidden_layers
     gib = 1 << 30
-    weights, states = base * bytes_per_weight / gib, adapter * (8 + 12 / world_size) / gib
+    saved = linears * (bytes_per_weight - FOUR_BIT_BYTES) if config.load_in_4bit else 0.0
+    weights = (base * bytes_per_weight - saved) / gib
+    states = (trained * (8 + 12 / world_size) + 4 * min(trained, BUCKET_LIMIT)) / gib
     activations = data.caps.tokens * per_token / gib
     cost = sum(int(data.step_costs(data.plan.step(i)).sum()) for i in range(min(20, data.plan.num_steps)))
-    flops = cost / min(20, data.plan.num_steps) / 1000 * 4 * _body_parameters(text)
+    flops = cost / min(20, data.plan.num_steps) / 1000 * 2 * VoxtralFlops.from_config(model_config).token
     hours = flops * data.plan.num_steps / (ASSUMED_FLOPS * world_size) / 3600
     return [
-        f"memory per rank, estimated: {weights:.2f} GiB weights ({base:,} frozen), {states:.2f} GiB adapter and "
-        f"optimizer ({adapter:,} trained), up to {activations:.2f} GiB activations at {data.caps.tokens:,} positions "
-        "per micro-batch",
+        f"memory per rank, estimated: {weights:.2f} GiB weights ({base:,} frozen), {states:.2f} GiB trained weights "
+        f"with gradients, bucket and optimizer ({trained:,} trained), up to {activations:.2f} GiB activations at "
+        f"{data.caps.tokens:,} positions per micro-batch",
         f"time, estimated: {flops / 1e12:.3g} TFLOP per step; {hours:.3g} h if each rank ran at "
         f"{ASSUMED_FLOPS / 1e12:.0f} TFLOP/s (40% of an H100's bf16 peak)",
     ]
 
 
-def _body_parameters(text: Any) -> int:
-    """Parameters of the language model's layers, without embeddings and head."""
-    head = text.head_dim or text.hidden_size // text.num_attention_heads
-    attention = text.hidden_size * head * (2 * text.num_attention_heads + 2 * text.num_key_value_heads)
-    return int(text.num_hidden_layers * (attention + 3 * text.hidden_size * text.intermediate_size))
-
-
-def _count_parameters(config: TrainConfig, model_config: Any) -> tuple[int, int]:
-    """Frozen and trained parameters, counted on the meta device."""
+def _count_parameters(config: TrainConfig, model_config: Any) -> tuple[int, int, int]:
+    """Frozen and trained parameters, and those that 4 bits can hold, counted on the meta device."""
     from transformers import VoxtralForConditionalGeneration
 
     from voxtral_dist import adapter
     from voxtral_dist.prepare import lora_settings
 
     with torch.device("meta"):
-        wrapped = adapter.attach(
-            VoxtralForConditionalGeneration(model_config).requires_grad_(False), lora_settings(config)
-        )
+        base = VoxtralForConditionalGeneration(model_config).requires_grad_(False)
+        pattern = re.compile(adapter.TARGET_MODULES["language_model"])
+        linears = sum(m.weight.numel() for name, m in base.named_modules() if pattern.fullmatch(name))
+        wrapped = adapter.attach(base, lora_settings(config))
     trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    return sum(p.numel() for p in wrapped.parameters()) - trained, trained
+    return sum(p.numel() for p in wrapped.parameters()) - trained, trained, linears

@@ -11,17 +11,22 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from voxtral_dist import activity, distributed
 from voxtral_dist.batch import MicroBatch
-from voxtral_dist.errors import UserError
-from voxtral_dist.model import TrainingModel
+from voxtral_dist.errors import UserError, VoxtralDistError
+from voxtral_dist.logger import get_logger
+from voxtral_dist.model import ForwardResult, TrainingModel
+from voxtral_dist.step_sums import StepResult, StepSums
+
+log = get_logger(__name__)
 
 LOSS_NORMS = ("tokens", "examples", "tasks")
 
@@ -42,6 +47,9 @@ DS_CONFIG: dict[str, Any] = {
 }
 """The built-in settings, those of ds_configs/zero2.json. Zero bucket sizes and clipping are filled in at the start."""
 
+BUCKET_LIMIT = 250_000_000
+"""Most elements of a bucket that is filled in: 1 GB of float32."""
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -55,44 +63,21 @@ class EngineSettings:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step saw, summed over all ranks.
+class Share(Protocol):
+    """A rank's part of a step; see :class:`voxtral_dist.step_loader.StepShare`."""
 
-    Attributes:
-        loss: loss of the step by its denominator, in nats.
-        task_nll: loss sum of each task's labels, in nats.
-        task_tokens: target tokens of each task.
-        grad_norm: global gradient norm before clipping.
-        applied: whether the parameters changed; False when a loss or gradient was not finite.
-        samples: examples.
-        tokens: positions that are not padding.
-        positions: positions with padding.
-        audio_seconds: seconds of audio.
-        bad_samples: examples that could not be read.
-        draw_hash: see :func:`voxtral_dist.plan.draw_hashes`.
-        stop: some rank asked to stop.
-    """
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Its micro-batches, of which there may be none."""
 
-    loss: float
-    task_nll: list[float]
-    task_tokens: list[float]
-    grad_norm: float
-    applied: bool
-    samples: int
-    tokens: int
-    positions: int
-    audio_seconds: float
-    bad_samples: int
-    draw_hash: int
-    stop: bool
+    def smaller(self) -> Share:
+        """The same examples in smaller micro-batches."""
 
 
 def build_ds_config(settings: EngineSettings, trained_elements: int) -> dict[str, Any]:
     """The DeepSpeed config of a run: a preset, with what the flags decide filled in.
 
-    ``gradient_clipping`` is always written, DeepSpeed clips at 1.0 without it. The buckets hold all trained elements,
-    so that one step is one reduction.
+    ``gradient_clipping`` is always written, DeepSpeed clips at 1.0 without it. The buckets hold all trained elements up
+    to :data:`BUCKET_LIMIT`, so that one step of an adapter is one reduction.
 
     Raises:
         UserError: unreadable file, or a key that contradicts how this engine works.
@@ -103,37 +88,69 @@ def build_ds_config(settings: EngineSettings, trained_elements: int) -> dict[str
     config["gradient_clipping"] = settings.max_grad_norm
     zero = config["zero_optimization"]
     for key in ("reduce_bucket_size", "allgather_bucket_size"):
-        zero[key] = zero.get(key) or trained_elements + trained_elements % 2
+        zero[key] = zero.get(key) or min(trained_elements + trained_elements % 2, BUCKET_LIMIT)
+    if _offloads(config):
+        config["zero_force_ds_cpu_optimizer"] = False
     if settings.bf16:
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return config
 
 
+def _offloads(config: dict[str, Any]) -> bool:
+    """Whether the optimizer's state lies in host memory."""
+    where = config["zero_optimization"].get("offload_optimizer") or {}
+    return bool(where.get("device", "none") != "none")
+
+
+_STAGES = {
+    0: "keeps no gradient back until the end of the step, which the exact reduction needs",
+    3: "gathers weights in the forward pass, and ranks with and without audio would do so in different orders",
+}
+_FIXED = {
+    "gradient_accumulation_steps": (
+        1,
+        "would divide the gradient a second time; --grad_accum (at the first start) or --global_batch_size decides",
+    ),
+    "train_micro_batch_size_per_gpu": (
+        1,
+        "is nominal, micro-batches differ in size; --per_device_bsz and --max_tokens_per_micro_batch decide",
+    ),
+    "gradient_clipping": (0.0, "contradicts the flag; --max_grad_norm decides"),
+    "zero_force_ds_cpu_optimizer": (False, "wants DeepSpeed's Adam, but torch's AdamW is used"),
+}
+_DECIDED = {
+    "train_batch_size": "--global_batch_size, else --per_device_bsz x --grad_accum x ranks",
+    "optimizer": "--weight_decay; AdamW is built in",
+    "scheduler": "--learning_rate, --warmup_ratio and --lr_schedule",
+    "bf16": "--bf16",
+    "fp16": "--bf16",
+    "torch_autocast": "--bf16",
+    "gradient_allreduce_op": "--loss_norm",
+}
+
+
 def _read_ds_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text("utf-8"))
-        stage = config.get("zero_optimization", {}).get("stage")
+        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        zero = config.get("zero_optimization", {})
+        offloads = _offloads({"zero_optimization": zero})
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"--ds_config {path} cannot be read as JSON settings: {error}") from error
+    stage = zero.get("stage")
     if stage not in (1, 2):
+        reason = f" {_STAGES[stage]};" if type(stage) is int and stage in _STAGES else ""
         raise UserError(
-            f"--ds_config {path}: ZeRO stage {stage!r}; the exact one-reduction step needs stage 1 or 2"
+            f"--ds_config {path}: ZeRO stage {stage!r}{reason or ';'} the exact one-reduction step needs stage 1 or 2"
         )
-    wanted = {"gradient_accumulation_steps": 1, "train_micro_batch_size_per_gpu": 1}
-    for key, value in wanted.items():
+    for key, (value, reason) in _FIXED.items():
         if config.get(key, value) != value:
-            raise UserError(
-                f"--ds_config {path}: {key} {config[key]} would scale the gradients wrongly; remove it and use "
-                "--per_device_bsz, --grad_accum or --global_batch_size"
-            )
-    decided = ("train_batch_size", "optimizer", "scheduler", "bf16", "fp16", "torch_autocast")
-    for key in (*decided, "gradient_allreduce_op"):
+            raise UserError(f"--ds_config {path}: {key} {config[key]} {reason}; remove it from the file")
+    for key, flag in _DECIDED.items():
         if key in config:
-            raise UserError(f"--ds_config {path}: {key!r} is decided by the flags; remove it from the file")
-    clipping = config.get("gradient_clipping", 0.0)
-    if clipping:
+            raise UserError(f"--ds_config {path}: {key!r} is decided by {flag}; remove it from the file")
+    if offloads and zero["offload_optimizer"]["device"] != "cpu":
         raise UserError(
-            f"--ds_config {path}: gradient_clipping {clipping} contradicts the flag; use --max_grad_norm"
+            f"--ds_config {path}: offload_optimizer to {zero['offload_optimizer']['device']!r}; only 'cpu'"
         )
     return config
 
@@ -162,69 +179,107 @@ class TrainEngine:
         return self._engine.optimizer
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._device
+
+    @property
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """The trained parameters, in the order of the model."""
         return self._named
 
     def train_step(
-        self,
-        micro_batches: Iterable[MicroBatch],
-        learning_rate: float,
-        stop: Callable[[], bool] = lambda: False,
+        self, share: Share, learning_rate: float, stop: Callable[[], bool] = lambda: False
     ) -> StepResult:
-        """One optimizer step over this rank's micro-batches, of which there may be none.
+        """One optimizer step over this rank's share of it.
 
         Args:
-            micro_batches: this rank's share of the step.
+            share: this rank's micro-batches; where one does not fit into memory it is asked for smaller ones.
             learning_rate: of this step.
             stop: asked once at the end of the step; any rank's True reaches all in :attr:`StepResult.stop`.
+
+        Raises:
+            VoxtralDistError: on all ranks, when a single example does not fit into the memory of one.
         """
         self.model.train()
-        with self._engine.coalesce_grad_reduction():
-            sums = self._accumulate(micro_batches)
+        with self._engine.coalesce_grad_reduction(), self._alone_when_it_fails():
+            sums = self._accumulate(share)
             activity.now("the reduction", waiting=True)
-            sums[_STOP] = float(stop())
-            distributed.all_reduce_sum(sums)
-            totals = sums.tolist()
-            self._finish_gradients(self._denominator(totals), poisoned=totals[_NON_FINITE] > 0)
+            sums.reduce(stop())
+            denominator = self._denominator(sums)
+            self._finish_gradients(denominator, poisoned=sums["non_finite"] + sums["too_large"] > 0)
+        if sums["too_large"]:
+            self._give_up(sums.too_large)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         activity.now("the update", waiting=True)
         self._engine.step()
         activity.now("the records")
-        return self._result(totals)
+        norm = float(self._engine.get_global_grad_norm() or 0.0)
+        return sums.result(denominator, norm, bool(self._engine.was_step_applied()))
 
-    def _accumulate(self, micro_batches: Iterable[MicroBatch]) -> torch.Tensor:
-        """Forward and backward of this rank's micro-batches; their sums, float64 [_HEAD + 2 x tasks]."""
-        tasks = self.model.num_tasks
-        sums = torch.zeros(_HEAD + 2 * tasks, dtype=torch.float64, device=self._device)
-        activity.now("reading micro-batch 1")
-        for number, host_batch in enumerate(micro_batches, 1):
-            activity.now(f"micro-batch {number}")
-            batch = host_batch.to(self._device)
-            torch.manual_seed(_dropout_seed(self.settings.seed, batch.first_draw))
-            result = self._engine(batch)
-            if result.loss.requires_grad:
-                self._engine.backward(result.loss, scale_wrt_gas=False)
-            loss = result.loss.detach().double()
-            sums[_LOSS] += loss
-            sums[_NON_FINITE] += (~torch.isfinite(loss)).double()
-            sums[_HEAD : _HEAD + tasks] += result.task_nll.double()
-            sums[_HEAD + tasks :] += result.task_tokens.double()
-            bad = len(batch.bad_samples)
-            work = [batch.samples, batch.tokens, batch.positions, batch.audio_seconds]
-            counts = [*work, bad, batch.samples - bad, batch.draw_hash]
-            sums[_COUNTS] += torch.tensor(counts, dtype=torch.float64).to(self._device)
-            activity.now(f"reading micro-batch {number + 1}")
-        return sums
+    @contextmanager
+    def _alone_when_it_fails(self) -> Iterator[None]:
+        """Keep DeepSpeed from the reduction that it makes of a failed step, too: the other ranks are not there."""
+        try:
+            yield
+        except BaseException:
+            self._engine._flush_coalesced_reduction_zero12 = lambda optimizer: None
+            raise
 
-    def _denominator(self, totals: list[float]) -> float:
+    def _accumulate(self, share: Share) -> StepSums:
+        """Forward and backward of a share's micro-batches, in smaller ones where they do not fit."""
+        while True:
+            sums, keys, batch = StepSums(self.model.num_tasks, self._device), [], None
+            activity.now("reading micro-batch 1")
+            try:
+                for number, batch in enumerate(share, 1):
+                    activity.now(f"micro-batch {number}")
+                    keys += batch.keys
+                    sums.add(batch, self._forward_backward(batch.to(self._device)))
+                    activity.now(f"reading micro-batch {number + 1}")
+                sums.add_gradients([p.grad for p in self._params if p.grad is not None], keys)
+                return sums
+            except torch.OutOfMemoryError as error:
+                log.warning("out of memory in %s: %s", activity.current().text, str(error).splitlines()[0])
+            for parameter in self._params:
+                parameter.grad = None
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            if batch is not None and batch.samples == 1:
+                sums = StepSums(self.model.num_tasks, self._device)
+                sums.set_too_large(f"{batch.keys[0]} with {batch.tokens} positions")
+                return sums
+            share = share.smaller()
+
+    def _forward_backward(self, batch: MicroBatch) -> ForwardResult:
+        torch.manual_seed(_dropout_seed(self.settings.seed, batch.first_draw))
+        result: ForwardResult = self._engine(batch)
+        if result.loss.requires_grad:
+            self._engine.backward(result.loss, scale_wrt_gas=False)
+        return result
+
+    def _give_up(self, too_large: str) -> None:
+        """Raise on all ranks what one could not hold."""
+        found = distributed.broadcast_json([one for one in distributed.gather_json(too_large) or [] if one])
+        raise VoxtralDistError(
+            f"out of memory: {found[0]} does not fit, alone in its micro-batch; lower --max_len, give --grad_ckpt, or "
+            "use more memory"
+        )
+
+    def losses(self, batch: MicroBatch) -> ForwardResult:
+        """Sums of losses of a micro-batch without dropout and without gradient."""
+        self.model.eval()
+        with torch.no_grad():
+            result: ForwardResult = self._engine(batch.to(self._device))
+        return result
+
+    def _denominator(self, sums: StepSums) -> float:
         """What the loss sum of the step is divided by: target tokens, examples or tasks over all ranks."""
-        task_tokens = totals[_HEAD + self.model.num_tasks :]
         value = {
-            "tokens": sum(task_tokens),
-            "examples": totals[_GOOD_SAMPLES],
-            "tasks": float(sum(count > 0 for count in task_tokens)),
+            "tokens": sum(sums.task_tokens),
+            "examples": sums["good_samples"],
+            "tasks": float(sum(count > 0 for count in sums.task_tokens)),
         }[self.settings.loss_norm]
         return max(value, 1.0)
 
@@ -238,30 +293,6 @@ class TrainEngine:
                 parameter.grad = torch.zeros_like(parameter)
         factor = float("nan") if poisoned else self._engine.world_size / denominator
         torch._foreach_mul_([parameter.grad for parameter in self._params], factor)
-
-    def _result(self, totals: list[float]) -> StepResult:
-        tasks = self.model.num_tasks
-        return StepResult(
-            loss=totals[_LOSS] / self._denominator(totals),
-            task_nll=totals[_HEAD : _HEAD + tasks],
-            task_tokens=totals[_HEAD + tasks :],
-            grad_norm=float(self._engine.get_global_grad_norm() or 0.0),
-            applied=bool(self._engine.was_step_applied()),
-            samples=int(totals[_SAMPLES]),
-            tokens=int(totals[_TOKENS]),
-            positions=int(totals[_POSITIONS]),
-            audio_seconds=totals[_AUDIO],
-            bad_samples=int(totals[_BAD]),
-            draw_hash=int(totals[_DRAWS]),
-            stop=totals[_STOP] > 0,
-        )
-
-
-_LOSS, _NON_FINITE, _STOP, _SAMPLES, _TOKENS, _POSITIONS, _AUDIO, _BAD, _GOOD_SAMPLES, _DRAWS, _HEAD = range(
-    11
-)
-_COUNTS = slice(_SAMPLES, _HEAD)
-"""Places in the vector that is summed over the ranks; behind _HEAD follow the tasks' loss sums and token counts."""
 
 
 def _dropout_seed(seed: int, first_draw: int) -> int:
@@ -277,10 +308,14 @@ def _initialize(model: TrainingModel, params: list[torch.nn.Parameter], settings
         False  # else the CPU backend compiles C++ for minutes
     )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    optimizer = torch.optim.AdamW(
-        params, lr=0.0, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=params[0].is_cuda
-    )
     config = build_ds_config(settings, sum(p.numel() for p in params))
+    optimizer = torch.optim.AdamW(
+        params,
+        lr=0.0,
+        betas=(0.9, 0.95),
+        weight_decay=settings.weight_decay,
+        fused=params[0].is_cuda or _offloads(config),
+    )
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=params, optimizer=optimizer, config=config
     )

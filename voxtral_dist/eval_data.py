@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from voxtral_dist.batch import MicroBatch
 from voxtral_dist.collator import Collator
 from voxtral_dist.errors import UserError
 from voxtral_dist.micro_batches import Caps, cut
-from voxtral_dist.plan import Step
+from voxtral_dist.plan import Step, permute
 from voxtral_dist.shares import CostModel, equal_cost_shares
 from voxtral_dist.task_data import TaskData
 
@@ -57,6 +58,27 @@ class EvalData:
             numbers[share], positions[share], Caps(rows, rows * int(positions.max(initial=1)), overhead=FEW)
         )
         return [[(int(numbers[i]), int(examples[i])) for i in share[group]] for group in groups]
+
+    def loss_batches(
+        self, names: Sequence[str], rank: int, world_size: int, rows: int, per_task: int
+    ) -> Iterator[MicroBatch]:
+        """A rank's part of a small fixed choice of examples, with labels.
+
+        Args:
+            names: tasks of the model's loss sums, in their order; the dev data of others is left aside.
+            rank, world_size: every rank takes each ``world_size``-th example.
+            rows: most examples of a micro-batch.
+            per_task: most examples of a task, those whose hashes are smallest.
+        """
+        chosen: list[tuple[TaskData, int, int]] = []
+        for task in self.tasks:
+            if task.name in names:
+                ids = permute(np.arange(len(task)), 0)[:per_task].tolist()
+                chosen += [(task, example, list(names).index(task.name)) for example in ids]
+        mine = chosen[rank::world_size]
+        for first in range(0, len(mine), rows):
+            examples = [task.read(example, number) for task, example, number in mine[first : first + rows]]
+            yield self.collator.train_batch(examples, 0)
 
     def other_audio(self, task: int) -> list[int]:
         """For each example of a task another one of the same language and, where there is one, another answer.

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,20 @@ from tqdm import tqdm
 
 from voxtral_dist import activity, distributed, scoring
 from voxtral_dist.atomic import write_bytes, write_json
+from voxtral_dist.audio import SAMPLE_RATE
+from voxtral_dist.audio_file import AudioError, Samples, decode
 from voxtral_dist.collator import Example
 from voxtral_dist.decode import greedy_decode
 from voxtral_dist.errors import BadSamplesError
 from voxtral_dist.eval_data import EvalData
+from voxtral_dist.shards import CorruptSampleError
 from voxtral_dist.tasks import TASKS
 from voxtral_dist.text_norm import NORMALIZER
 
 PREVIEWS_PER_TASK = 3
+
+CLIPS_PER_TASK, CLIP_SECONDS = 2, 30
+"""Previews that can also be heard, and how much of each."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +55,19 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result on rank 0: one record per example, sorted by task and id; timings; all metrics."""
+    """The result on rank 0.
+
+    Attributes:
+        predictions: one record per example, sorted by task and id.
+        timings: the same examples with what varies from run to run.
+        metrics: all scores.
+        places: task and number of the same examples in the dev data.
+    """
 
     predictions: list[dict[str, Any]]
     timings: list[dict[str, Any]]
     metrics: dict[str, Any]
+    places: list[tuple[int, int]]
 
 
 def evaluate(
@@ -104,7 +120,8 @@ def _decode_share(model: Any, data: EvalData, settings: EvalSettings) -> Iterato
             examples = waiting.pop(0).result()
             if number + settings.num_workers < len(batches):
                 waiting.append(pool.submit(read, batches[number + settings.num_workers]))
-            yield _decode_batch(model, data, examples, settings)
+            records = _decode_batch(model, data, examples, settings)
+            yield [{**record, "place": pair} for record, pair in zip(records, batches[number], strict=True)]
             bar.update(len(examples))
 
 
@@ -170,6 +187,7 @@ def _assemble(data: EvalData, shares: list[dict[str, Any]], provenance: Mapping[
     )
     if len(records) != len(data):
         raise RuntimeError(f"{len(records)} predictions for {len(data)} dev examples")
+    places = [(int(task), int(example)) for task, example in (r.pop("place") for r in records)]
     timings = [{"task": r["task"], "id": r["id"], **r.pop("timing")} for r in records]
     slowest = max(share["seconds"] for share in shares)
     metrics = score(records) | {
@@ -178,7 +196,7 @@ def _assemble(data: EvalData, shares: list[dict[str, Any]], provenance: Mapping[
         "normalizer": NORMALIZER,
         "provenance": dict(provenance),
     }
-    return Evaluation(records, timings, metrics)
+    return Evaluation(records, timings, metrics, places)
 
 
 def score(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -196,6 +214,25 @@ def score(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 record["metrics"] = scoring.sample_qa(record["references"], record["prediction"])
             tasks[name] = scoring.score_qa([record["references"] for record in members], predictions)
     return {"tasks": tasks, **scoring.aggregate(tasks)}
+
+
+def clips(data: EvalData, evaluation: Evaluation) -> Iterator[tuple[str, Samples]]:
+    """The sound of the first previews of each task that has any; what cannot be read is left out.
+
+    Yields:
+        ``task/number`` and float32 [n] at 16 kHz, at most CLIP_SECONDS of it.
+    """
+    shown: Counter[str] = Counter()
+    for record, (task, example) in zip(evaluation.predictions, evaluation.places, strict=True):
+        name = record["task"]
+        if not TASKS[name].has_audio or shown[name] >= CLIPS_PER_TASK:
+            continue
+        shown[name] += 1
+        shards, place = data.tasks[task].locate(example)
+        with suppress(CorruptSampleError, AudioError, OSError):
+            sound = shards.read(place).audio
+            if sound is not None:
+                yield f"{name}/{shown[name]}", decode(sound)[: CLIP_SECONDS * SAMPLE_RATE]
 
 
 def write(folder: Path, evaluation: Evaluation) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -33,6 +33,10 @@ class Caps:
     task_rows: Mapping[int, int] = field(default_factory=dict)
     packed: bool = False
     overhead: int = OVERHEAD
+
+    def halved(self) -> Caps:
+        """Caps of micro-batches of half the size."""
+        return replace(self, rows=max(1, self.rows // 2), tokens=max(1, self.tokens // 2))
 
 
 def cut(tasks: Int64, lengths: Int64, caps: Caps) -> list[Int64]:

@@ -7,6 +7,7 @@ The loss is a sum, per task, so that the step can be normalised over all ranks.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -67,20 +68,29 @@ def _check_config(model_id: str, values: Mapping[str, Any]) -> None:
         )
 
 
-def load(model_id: str, dtype: torch.dtype) -> Any:
+def load(
+    model_id: str, dtype: torch.dtype, device: torch.device | None = None, four_bit: bool = False
+) -> Any:
     """Load the weights as a frozen ``VoxtralForConditionalGeneration`` in eval mode.
 
     ``embed_positions`` of the encoder stays float32, as the released model wants.
 
+    Args:
+        model_id: a folder or hub id.
+        dtype: of the weights; of the matrix products, where these are in 4 bits.
+        device: where they go; None: the CPU.
+        four_bit: keep the linears of the language model's layers in 4 bits (NF4, Dettmers et al. 2023).
+
     Raises:
-        UserError: not a Voxtral model, or its weights do not fit its config.
+        UserError: not a Voxtral model, its weights do not fit its config, or bitsandbytes is missing.
     """
     from transformers import VoxtralForConditionalGeneration
 
     read_config(model_id)
+    options = _four_bit_options(dtype, device) if four_bit else {}
     try:
         model, info = VoxtralForConditionalGeneration.from_pretrained(
-            model_id, dtype=dtype, output_loading_info=True, use_safetensors=True
+            model_id, dtype=dtype, output_loading_info=True, use_safetensors=True, **options
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model_id {model_id}: the weights cannot be loaded: {error}") from error
@@ -89,7 +99,23 @@ def load(model_id: str, dtype: torch.dtype) -> Any:
         raise UserError(
             f"--model_id {model_id}: {len(missing)} weights are missing from its files, the first is {missing[0]}"
         )
-    return model.requires_grad_(False).eval()
+    return model.to(device or "cpu").requires_grad_(False).eval()
+
+
+def _four_bit_options(dtype: torch.dtype, device: torch.device | None) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` that quantise while loading; encoder, projector and head are left out."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--load_in_4bit needs bitsandbytes; pip install 'voxtral-dist[4bit]'")
+    from transformers import BitsAndBytesConfig
+
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=[".*audio_tower", ".*multi_modal_projector", ".*lm_head"],
+    )
+    return {"quantization_config": how, "device_map": {"": device or torch.device("cpu")}}
 
 
 class ForwardResult(NamedTuple):

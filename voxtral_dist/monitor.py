@@ -1,11 +1,11 @@
-"""Numbers over time: metrics.jsonl is the record, TensorBoard its copy; and the meters that feed both.
+"""Numbers over time: metrics.jsonl is the record, TensorBoard its copy, with texts and sounds beside.
 
 Rank 0 holds a :class:`Monitor`, the other ranks a :class:`NullMonitor`, so that no caller asks for its rank:
 
     monitor = Monitor.create(run_dir, rank, private_text, start_step)
-    monitor.scalars(step, {"loss": 1.25, "grad_norm": None, **throughput.take(), **gpu_meter.read()})
+    monitor.scalars(step, {"train/loss": 1.25, "train/grad_norm": None})
 
-Measuring must never stop a training: what fails here after the start is said once and then left out.
+Recording must never stop a training: what fails here after the start is said once and then left out.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import json
 import math
 import os
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,42 @@ import torch
 from voxtral_dist import atomic
 from voxtral_dist.errors import UserError
 from voxtral_dist.logger import get_logger
+from voxtral_dist.tasks import TASKS
 
 log = get_logger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
+
+LAYOUT = {
+    "tasks": {
+        "loss": [r"^loss/", r"^val_loss/"],
+        "score": [f"^eval_{name}/{task.metric}$" for name, task in TASKS.items()] + [r"^eval/macro$"],
+        "share of examples": [r"^mix/"],
+        "share of target tokens": [r"^target_token_share/"],
+    },
+    "speed": {
+        "MFU": [r"^speed/mfu$"],
+        "tokens per second": [r"^speed/tokens_per_second$"],
+        "examples and seconds of audio per second": [r"^speed/(samples|audio_seconds)_per_second$"],
+        "shares lost": [r"^speed/\w+_share$"],
+        "slowest rank over mean": [r"^speed/rank_spread$"],
+        "hours to the end": [r"^speed/eta_hours$"],
+    },
+    "GPU": {
+        "memory, GiB": [r"^gpu\d+/memory_"],
+        "utilisation, %": [r"^gpu\d+/utilisation_percent$"],
+        "power, W": [r"^gpu\d+/power_w$"],
+        "energy, Wh": [r"^gpu\d+/energy_wh$"],
+    },
+    "training": {
+        "loss": [r"^train/loss$"],
+        "learning rate": [r"^train/learning_rate$"],
+        "gradient norm": [r"^train/grad_norm$"],
+        "clipped and skipped": [r"^train/(clip_share|skipped_steps)$"],
+    },
+}
+"""The page "Custom Scalars": charts by group, each of the tags that its patterns match."""
 
 
 class NullMonitor:
@@ -41,6 +71,9 @@ class NullMonitor:
     def texts(self, step: int, tag: str, markdown: str) -> None:
         """Record a text, for example a table of decoded samples."""
 
+    def audio(self, step: int, tag: str, samples: torch.Tensor, rate: int) -> None:
+        """Record a sound: float32 [n] in [-1, 1], ``rate`` samples per second."""
+
     def close(self) -> None:
         """Write what is still buffered."""
 
@@ -50,7 +83,7 @@ class Monitor(NullMonitor):
 
     Args:
         run_dir: an existing directory.
-        private_text: write no texts at all.
+        private_text: write no texts and no sounds.
         start_step: the step this process goes on from. What a killed run recorded after it is dropped from
             the record and hidden from TensorBoard, because those steps are about to happen again.
 
@@ -94,7 +127,12 @@ class Monitor(NullMonitor):
     def texts(self, step: int, tag: str, markdown: str) -> None:
         """Show a text in TensorBoard, unless the run is private."""
         if not self._private_text:
-            self._tensorboard.text(step, tag, markdown)
+            self._tensorboard.write("add_text", tag, markdown, step)
+
+    def audio(self, step: int, tag: str, samples: torch.Tensor, rate: int) -> None:
+        """Play a sound in TensorBoard, unless the run is private."""
+        if not self._private_text:
+            self._tensorboard.write("add_audio", tag, samples[None], step, sample_rate=rate)
 
     def close(self) -> None:
         """Flush TensorBoard and close the record."""
@@ -155,16 +193,19 @@ class _TensorBoard:
             folder.mkdir(exist_ok=True)
             folder.chmod(0o700)  # event files may hold decoded text
             self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+            charts = {g: {t: ["Multiline", p] for t, p in c.items()} for g, c in LAYOUT.items()}
+            self._writer.add_custom_scalars(charts)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        with self._guard():
-            for name, value in values.items() if self._writer else ():
-                self._writer.add_scalar(name, value, step)
+        """One point per value."""
+        for name, value in values.items():
+            self.write("add_scalar", name, value, step)
 
-    def text(self, step: int, tag: str, markdown: str) -> None:
+    def write(self, method: str, *arguments: Any, **options: Any) -> None:
+        """Call a method of the SummaryWriter."""
         with self._guard():
             if self._writer:
-                self._writer.add_text(tag, markdown, step)
+                getattr(self._writer, method)(*arguments, **options)
 
     def close(self) -> None:
         with self._guard():
@@ -179,98 +220,3 @@ class _TensorBoard:
         except Exception as error:
             self._writer = None
             log.warning("TensorBoard is off from here on (%s: %s)", type(error).__name__, error)
-
-
-class GpuMeter:
-    """Memory, utilisation and power of this machine's GPUs through NVML.
-
-    Args:
-        uuids: NVML names of the devices (``GPU-...``); default: the CUDA devices this process sees. Names and
-            not numbers, because NVML counts from 0 whatever CUDA_VISIBLE_DEVICES says.
-    """
-
-    def __init__(self, uuids: Sequence[str] | None = None) -> None:
-        self._uuids = _visible_uuids() if uuids is None else list(uuids)
-        self._nvml: Any = None
-
-    def read(self) -> dict[str, float]:
-        """``gpu<i>/memory_gib``, ``gpu<i>/utilisation_percent`` and ``gpu<i>/power_w`` of every device.
-
-        Returns:
-            The values; nothing on a machine without GPU, or from the first failure of NVML on.
-        """
-        try:
-            return dict(reading for index in range(len(self._uuids)) for reading in self._device(index))
-        except Exception as error:
-            log.warning("GPU memory and load are not recorded (%s: %s)", type(error).__name__, error)
-            self._uuids = []
-            return {}
-
-    def _device(self, index: int) -> Iterator[tuple[str, float]]:
-        if self._nvml is None:
-            import pynvml
-
-            pynvml.nvmlInit()
-            self._nvml = pynvml
-        handle = self._nvml.nvmlDeviceGetHandleByUUID(self._uuids[index])
-        yield f"gpu{index}/memory_gib", self._nvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30
-        yield f"gpu{index}/utilisation_percent", float(self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
-        yield f"gpu{index}/power_w", self._nvml.nvmlDeviceGetPowerUsage(handle) / 1000
-
-
-def _visible_uuids() -> list[str]:
-    if not torch.cuda.is_available():
-        return []
-    return [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(torch.cuda.device_count())]
-
-
-class Throughput:
-    """Rates between two log lines.
-
-    Args:
-        clock: seconds from any origin, never running backwards.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
-        self._start = clock()
-        self._counted: defaultdict[str, float] = defaultdict(float)
-
-    def add(
-        self, *, tokens: float, samples: float, audio_seconds: float, padding: float, data_wait: float
-    ) -> None:
-        """Count one step.
-
-        Args:
-            tokens: language-model positions that are not padding.
-            samples: examples.
-            audio_seconds: audio, without padding.
-            padding: language-model positions that are padding.
-            data_wait: seconds in which this process waited for data.
-        """
-        self._counted["tokens"] += tokens
-        self._counted["samples"] += samples
-        self._counted["audio_seconds"] += audio_seconds
-        self._counted["padding"] += padding
-        self._counted["data_wait"] += data_wait
-
-    def take(self) -> dict[str, float | None]:
-        """Rates and shares since the last call, and start anew.
-
-        Returns:
-            ``tokens_per_second``, ``samples_per_second``, ``audio_seconds_per_second``, ``padding_share`` (of
-            all positions) and ``data_wait_share`` (of the time); None where nothing was counted.
-        """
-        now, counted = self._clock(), self._counted
-        elapsed, self._start, self._counted = now - self._start, now, defaultdict(float)
-        return {
-            "tokens_per_second": _ratio(counted["tokens"], elapsed),
-            "samples_per_second": _ratio(counted["samples"], elapsed),
-            "audio_seconds_per_second": _ratio(counted["audio_seconds"], elapsed),
-            "padding_share": _ratio(counted["padding"], counted["tokens"] + counted["padding"]),
-            "data_wait_share": _ratio(counted["data_wait"], elapsed),
-        }
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole > 0 else None

@@ -18,8 +18,12 @@ from voxtral_dist.errors import VoxtralDistError
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def gather(engine: TrainEngine) -> tuple[dict[str, torch.Tensor], int]:
-    """Collect Adam's moments. Collective; every rank gets all.
+def gather(engine: TrainEngine, keep: bool = True) -> tuple[dict[str, torch.Tensor], int]:
+    """Copy Adam's moments of all ranks to host memory. Collective.
+
+    Args:
+        engine: of the run.
+        keep: whether this rank wants them; it gets no tensors otherwise.
 
     Returns:
         ``{"exp_avg/<name>": float32 tensor of the parameter's shape, ...}`` on the CPU, and Adam's step count. Before
@@ -30,8 +34,10 @@ def gather(engine: TrainEngine) -> tuple[dict[str, torch.Tensor], int]:
     state = zero.optimizer.state.get(partition, {})
     tensors = {}
     for moment in MOMENTS:
-        flat = distributed.all_gather_flat(state.get(moment, torch.zeros_like(partition))).cpu()
-        for name, parameter, offset in _places(engine):
+        mine = state.get(moment, torch.zeros_like(partition))  # on the host where the optimizer is offloaded
+        flat = distributed.all_gather_flat(mine.to(engine.named_parameters[0][1].device))
+        flat = flat.cpu() if keep else flat
+        for name, parameter, offset in _places(engine) if keep else ():
             part = flat[offset : offset + parameter.numel()].view(parameter.shape)
             tensors[f"{moment}/{name}"] = part.clone()
     return tensors, int(state.get("step", 0))

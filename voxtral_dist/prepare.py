@@ -9,17 +9,22 @@ from typing import Any
 
 import torch
 
-from voxtral_dist import adapter, model
+from voxtral_dist import adapter, checkpoint, model, run_dir
 from voxtral_dist.adapter import LoraSettings
 from voxtral_dist.audio import AudioSpec
 from voxtral_dist.collator import Collator
 from voxtral_dist.config import CommaList, DataConfig, TrainConfig, split_list
 from voxtral_dist.distributed import World
+from voxtral_dist.errors import UserError
+from voxtral_dist.logger import get_logger
 from voxtral_dist.packing import pack
 from voxtral_dist.shard_cache import ShardCache
+from voxtral_dist.shard_format import file_sha256
 from voxtral_dist.task_data import TaskData, open_tasks
 from voxtral_dist.tasks import parse_task_list
 from voxtral_dist.tokenizer import TekkenVocabulary
+
+log = get_logger(__name__)
 
 
 def open_collator(config: DataConfig) -> Collator:
@@ -66,7 +71,7 @@ def load_base(config: DataConfig, device: torch.device) -> Any:
     """The frozen base model on its device."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     dtype = torch.bfloat16 if use_bf16(config, device) else torch.float32
-    return model.load(config.model_id, dtype).to(device)
+    return model.load(config.model_id, dtype, device, config.load_in_4bit)
 
 
 def lora_settings(config: TrainConfig) -> LoraSettings:
@@ -78,12 +83,62 @@ def lora_settings(config: TrainConfig) -> LoraSettings:
         targets=config.lora_targets,
         freeze_whisper=config.freeze_whisper,
         seed=config.seed,
+        rslora=config.lora_rslora,
+        dora=config.lora_dora,
+        tune=config.tune,
     )
 
 
+def run_gone_on_from(config: TrainConfig) -> Path | None:
+    """Directory of the run whose checkpoint a start goes on from, None when it begins at step 0."""
+    out = Path(config.output_dir)
+    if config.debug:
+        return None
+    if checkpoint.published(out):
+        return out
+    return None if config.resume in ("auto", "none") else Path(config.resume).resolve().parent.parent
+
+
+def initial_adapter(config: TrainConfig) -> Path | None:
+    """The adapter folder that ``--init_adapter`` means; None without it, and where a checkpoint is gone on from.
+
+    Raises:
+        UserError: nothing there, or an adapter of another form than the flags describe.
+    """
+    if not config.init_adapter or run_gone_on_from(config):
+        return None
+    try:
+        folder = checkpoint.find_adapter(Path(config.init_adapter))
+    except UserError as error:
+        raise UserError(str(error).replace("--lora_dir", "--init_adapter", 1)) from error
+    adapter.check_same_form(folder, lora_settings(config))
+    return folder
+
+
+def initial_weights(config: TrainConfig) -> str:
+    """SHA-256 of the weights a run began from, empty for fresh ones: on record in a run that is gone on from."""
+    run = run_gone_on_from(config)
+    if run:
+        return str((run_dir.stored_identity(run) or {}).get("init_adapter", ""))
+    folder = initial_adapter(config)
+    if folder is None:
+        return ""
+    path = folder / adapter.WEIGHTS_FILE
+    if not path.is_file():
+        raise UserError(f"--init_adapter: {path} does not exist; an adapter must be in safetensors format")
+    with path.open("rb") as file:
+        return file_sha256(file)
+
+
 def training_model(config: TrainConfig, device: torch.device, num_tasks: int) -> model.TrainingModel:
-    """Base model with a fresh adapter, ready for the engine."""
+    """Base model with a fresh adapter, or that of ``--init_adapter``, ready for the engine."""
     wrapped = adapter.attach(load_base(config, device), lora_settings(config))
+    folder = initial_adapter(config)
+    if folder:
+        adapter.load_weights(wrapped, folder)
+        log.info("beginning from the weights in %s", folder)
+    elif config.init_adapter:
+        log.info("--init_adapter %s is ignored: the run goes on from a checkpoint", config.init_adapter)
     training = model.TrainingModel(wrapped, num_tasks, config.label_smoothing)
     if config.grad_ckpt:
         model.checkpoint_layers(training.voxtral)
@@ -93,7 +148,8 @@ def training_model(config: TrainConfig, device: torch.device, num_tasks: int) ->
 DECISIVE = (
     *"label_smoothing loss_norm learning_rate warmup_ratio lr_schedule rewarmup_steps".split(),
     *"weight_decay max_grad_norm".split(),
-    *"lora_r lora_alpha lora_dropout lora_targets freeze_whisper sqa_question".split(),
+    *"lora_r lora_alpha lora_dropout lora_targets lora_rslora lora_dora tune".split(),
+    *"load_in_4bit freeze_whisper sqa_question".split(),
 )
 """Settings that decide the parameters after a step."""
 
@@ -104,4 +160,5 @@ def model_identity(config: TrainConfig) -> dict[str, Any]:
     volatile = {"transformers_version", "_name_or_path", "_commit_hash", "dtype", "torch_dtype"}
     text = json.dumps({k: v for k, v in values.items() if k not in volatile}, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return {"model_config": digest} | {name: getattr(config, name) for name in DECISIVE}
+    decisive = {name: getattr(config, name) for name in DECISIVE}
+    return {"model_config": digest, "init_adapter": initial_weights(config)} | decisive

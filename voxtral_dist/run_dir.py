@@ -1,11 +1,12 @@
 """The run directory: whose it is, what made it, how it ended.
 
 config.yaml  identity.json  environment.json  metrics.jsonl  tensorboard/  checkpoints/  best  latest
-eval/step-00000100/  shards/  exit_status.json
+eval/step-00000100/  shards/  exit_status.json  superseded-1/
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -17,17 +18,48 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from voxtral_dist.atomic import write_bytes, write_json
 from voxtral_dist.errors import ExitCode, UserError, VoxtralDistError
 
 IDENTITY = "identity.json"
 EXIT_STATUS = "exit_status.json"
+ROUNDING = ("world_size", "device", "threads")
+"""What decides the order of floating-point sums."""
+
 KNOWN = {
     *"config.yaml identity.json environment.json metrics.jsonl tensorboard checkpoints best latest eval shards".split(),
     *"exit_status.json report.html base_model demo evaluations".split(),
     *"predictions.jsonl timing.jsonl metrics.json audio_probe.json".split(),
 }
 """What the directory of a run or an evaluation may hold; anything else means that it is the user's own."""
+
+
+_claims: dict[Path, int] = {}
+"""Descriptors of the directories this process writes into; the kernel lets go of them when it dies."""
+
+
+def claim(run_dir: Path) -> None:
+    """Keep a directory, if it is there, for this process.
+
+    Raises:
+        UserError: another process that still runs has it.
+    """
+    path = run_dir.resolve()
+    if path in _claims or not path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"--output_dir {run_dir}: another process is writing into it; wait for its end or give another directory"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    _claims[path] = descriptor
 
 
 def check_output_dir(run_dir: Path) -> None:
@@ -58,8 +90,13 @@ def stored_identity(run_dir: Path) -> dict[str, Any] | None:
     return identity
 
 
-def check_identity(run_dir: Path, identity: Mapping[str, Any]) -> None:
+def check_identity(run_dir: Path, identity: Mapping[str, Any], flag: str = "--output_dir") -> None:
     """Refuse to go on with a run whose data, model or settings are not those it was started with.
+
+    Args:
+        run_dir: the run directory.
+        identity: of this start.
+        flag: the one that named the run.
 
     Raises:
         UserError: names each field that differs, with both values.
@@ -74,7 +111,7 @@ def check_identity(run_dir: Path, identity: Mapping[str, Any]) -> None:
             f"{name}: {_short(stored.get(name))} -> {_short(current.get(name))}" for name in names
         )
         raise UserError(
-            f"--output_dir {run_dir} holds another run, it would become a different model: {shown}. "
+            f"{flag} {run_dir} holds another run, it would become a different model: {shown}. "
             "Give a new --output_dir, or the settings of that run"
         )
 
@@ -89,6 +126,7 @@ def begin(
 ) -> None:
     """Record settings, identity and environment of a start; for rank 0."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    claim(run_dir)
     write_bytes(run_dir / "config.yaml", config_yaml.encode())
     write_json(run_dir / IDENTITY, dict(identity))
     write_json(run_dir / "environment.json", dict(environment))
@@ -117,7 +155,19 @@ def environment(world_size: int, device: str) -> dict[str, Any]:
         "packages": versions,
         "world_size": world_size,
         "device": device,
+        "threads": torch.get_num_threads(),
     }
+
+
+def changed_environment(run_dir: Path, now: Mapping[str, Any]) -> str:
+    """What differs from the start before and lets results differ in their last bits; "" for nothing."""
+    try:
+        before = json.loads((run_dir / "environment.json").read_text("utf-8"))
+        old = {name: before[name] for name in ROUNDING} | {"torch": before["packages"]["torch"]}
+    except (OSError, ValueError, KeyError):
+        return ""
+    new = {name: now[name] for name in ROUNDING} | {"torch": now["packages"]["torch"]}
+    return ", ".join(f"{name} {old[name]} -> {new[name]}" for name in old if old[name] != new[name])
 
 
 @contextmanager
@@ -129,12 +179,13 @@ def exit_status(output_dir: str, active: bool) -> Iterator[None]:
         active: whether this process writes; rank 0 does.
 
     Raises:
-        UserError: the directory is not one of ours; it is left as it is.
+        UserError: the directory is not one of ours, or another process writes into it; it is left as it is.
     """
     run_dir = Path(output_dir)
     check_output_dir(run_dir)
     path = run_dir / EXIT_STATUS
     if active:
+        claim(run_dir)
         path.unlink(missing_ok=True)
     code, message = ExitCode.FAILURE, "unexpected error, see the log"
     try:

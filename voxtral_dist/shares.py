@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from voxtral_dist.flops import VoxtralFlops
 from voxtral_dist.plan import Int64, Step, hash64
 
 
@@ -26,27 +27,18 @@ class CostModel:
 
     @classmethod
     def from_config(cls, config: Any) -> CostModel:
-        """Costs as the FLOPs of a LoRA step, counted from a ``VoxtralConfig``.
+        """Costs as the FLOPs of a LoRA step, from those of the forward pass through a ``VoxtralConfig``'s parts.
 
-        A token passes the language model's layers forward and backward without weight gradients, 4 FLOP a parameter.
-        A chunk passes the frozen encoder forward (convolutions, linears, full attention) and the projector both ways.
-        Causal attention costs 3.5 times its forward pass of 2 x width FLOP per layer and squared token (flash
-        attention recomputes), a label position the head both ways.
+        A token passes the language model's layers forward and backward without weight gradients, a chunk the frozen
+        encoder forward and the projector both ways, a label position the head both ways. Causal attention costs 3.5
+        times its forward pass, since flash attention recomputes.
         """
-        text, audio = config.text_config, config.audio_config
-        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        width = text.num_attention_heads * head
-        projections = 2 * text.hidden_size * head * (text.num_attention_heads + text.num_key_value_heads)
-        body = text.num_hidden_layers * (projections + 3 * text.hidden_size * text.intermediate_size)
-        frames, d, f = audio.max_source_positions, audio.hidden_size, audio.intermediate_size
-        convolutions = 2 * 3 * frames * (2 * audio.num_mel_bins * d + d * d)
-        layers = audio.num_hidden_layers * (frames * (8 * d * d + 4 * d * f) + 4 * frames * frames * d)
-        projector = 4 * frames * d // f * text.hidden_size * (f + text.hidden_size)
-        token = 4 * body
+        flops = VoxtralFlops.from_config(config)
+        token = 2 * flops.token
         return cls(
-            chunk=round(1000 * (convolutions + layers + projector) / token),
-            squared_tokens_per_million=round(1e9 * 7 * width * text.num_hidden_layers / token),
-            label=round(1000 * 4 * text.hidden_size * text.vocab_size / token),
+            chunk=round(1000 * (flops.chunk + 2 * flops.projector) / token),
+            squared_tokens_per_million=round(1e9 * 3.5 * flops.squared_token / token),
+            label=round(1000 * 2 * flops.label / token),
         )
 
     def cost(self, tokens: Int64, chunks: Int64, labels: Int64) -> Int64:

@@ -6,27 +6,32 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from voxtral_dist import activity, checkpoint, distributed
+from voxtral_dist import activity, checkpoint, distributed, health
 from voxtral_dist.atomic import write_bytes
 from voxtral_dist.batch import MicroBatch
 from voxtral_dist.config import TrainConfig
 from voxtral_dist.data import TrainData
-from voxtral_dist.engine import StepResult, TrainEngine
-from voxtral_dist.errors import BadSamplesError, ExitCode, NonFiniteError, VoxtralDistError
+from voxtral_dist.early_stopping import EarlyStopping, score_of
+from voxtral_dist.engine import Share, TrainEngine
+from voxtral_dist.errors import ExitCode, VoxtralDistError
 from voxtral_dist.logger import get_logger
-from voxtral_dist.monitor import GpuMeter, NullMonitor, Throughput
+from voxtral_dist.monitor import NullMonitor
+from voxtral_dist.saver import Saver
 from voxtral_dist.schedule import Schedule
+from voxtral_dist.step_loader import StepLoader
+from voxtral_dist.step_metrics import StepMetrics
+from voxtral_dist.step_sums import StepResult
+from voxtral_dist.train_state import TrainState
 
-MAX_BAD_SAMPLE_RATE = 0.01
-"""Share of unreadable examples above which a run ends, once BAD_SAMPLES_GRACE of them were seen."""
-
-BAD_SAMPLES_GRACE = 10
+MAX_ROLLBACKS = 3
+"""How often the spike guard goes back in a run; it only warns after that."""
 
 log = get_logger(__name__)
 
@@ -37,28 +42,11 @@ class Preempted(VoxtralDistError):
     exit_code = ExitCode.PREEMPTED
 
 
-@dataclass
-class TrainState:
-    """Where a run is. JSON-able, in every checkpoint.
-
-    Attributes:
-        step: optimizer steps done (or skipped).
-        draws_consumed: draws of the plan used up; the whole state of the data side.
-        samples_seen, tokens_seen, audio_seconds_seen, bad_samples: totals over all ranks.
-        task_tokens_seen: target tokens per task.
-    """
-
-    step: int = 0
-    draws_consumed: int = 0
-    samples_seen: int = 0
-    tokens_seen: int = 0
-    audio_seconds_seen: float = 0.0
-    bad_samples: int = 0
-    task_tokens_seen: dict[str, float] = field(default_factory=dict)
-
-
 Evaluate = Callable[[int], dict[str, Any] | None]
 """Decodes and scores the dev data at a step; the metrics on rank 0, None elsewhere or without dev data."""
+
+ValidationLoss = Callable[[], dict[str, float]]
+"""Loss of each task on a fixed part of the dev data; empty without dev data. Collective."""
 
 
 class Trainer:
@@ -69,7 +57,9 @@ class Trainer:
         data: training data with its plan.
         config: settings of the run.
         monitor: where numbers go; does nothing on other ranks than 0.
+        metrics: assembles the numbers of a step.
         evaluate: called at evaluation steps on every rank.
+        validation_loss: called between them on every rank.
         state: where to start.
     """
 
@@ -79,23 +69,25 @@ class Trainer:
         data: TrainData,
         config: TrainConfig,
         monitor: NullMonitor,
+        metrics: StepMetrics,
         evaluate: Evaluate,
+        validation_loss: ValidationLoss,
         state: TrainState,
     ) -> None:
-        self.engine = engine
-        self.data = data
-        self.config = config
-        self.monitor = monitor
-        self.evaluate = evaluate
+        self.engine, self.data, self.config = engine, data, config
+        self.monitor, self.metrics = monitor, metrics
+        self.evaluate, self.validation_loss = evaluate, validation_loss
         self.state = state
         self.run_dir = Path(config.output_dir)
         self.schedule = Schedule(
             config.learning_rate, config.warmup_ratio, config.lr_schedule == "stage", config.rewarmup_steps
         )
-        self.throughput = Throughput()
-        self.gpu_meter = GpuMeter()
-        self._skipped_in_a_row = 0
+        self.saver = Saver(self.run_dir, config.save_total_limit, config.max_failed_saves)
+        self.loader = StepLoader(data, distributed.rank(), distributed.world_size())
+        self.early_stopping = EarlyStopping(config.early_stopping_patience, config.early_stopping_min_delta)
+        self.stragglers = health.Stragglers()
         self._stop_requested = False
+        self._announced = ""
 
     def fit(self) -> None:
         """Run every step that is left, with evaluations and checkpoints; returns when the run is complete.
@@ -104,121 +96,138 @@ class Trainer:
             Preempted: SIGTERM, SIGUSR2, SIGINT or SIGHUP reached any rank; a checkpoint was written.
             NonFiniteError: too many steps in a row were skipped.
             BadSamplesError: too many examples could not be read.
+            VoxtralDistError: a checkpoint could not be written, or an example does not fit into memory.
         """
         self._catch_signals()
         if self._evaluation_due():  # before training, or left undone by a run that died
             self._evaluate()
-        plan, rank, world_size = self.data.plan, distributed.rank(), distributed.world_size()
         with tqdm(
-            total=plan.num_steps,
+            total=self.data.plan.num_steps,
             initial=self.state.step,
             desc="train",
             unit="step",
-            disable=rank != 0,
+            disable=distributed.rank() != 0,
             mininterval=1.0,
         ) as bar:
-            for index, micro_batches in self.data.steps(self.state.step, rank, world_size):
-                result = self._step(index, micro_batches)
+            while not self._is_over():
+                self._run(bar)
+        self.saver.wait(final=True)
+
+    def _is_over(self) -> bool:
+        return self.state.step >= self.data.plan.num_steps or self.stopped_early()
+
+    def stopped_early(self) -> bool:
+        """Whether the evaluations so far say that going on brings nothing; with stages only those of the last count."""
+        scores = {int(step): score for step, score in self.state.scores}
+        return self.early_stopping.is_over(scores, self._last_stage_step())
+
+    def _last_stage_step(self) -> int:
+        """First step of the last stage; 0 where there is one stage."""
+        segments = self.data.plan.segments
+        return next(s.start_step for s in segments if s.stage == segments[-1].stage)
+
+    def _run(self, bar: Any) -> None:
+        """Step by step to the end of the run, or to where the spike guard goes back."""
+        with closing(self.loader.steps(self.state.step)) as steps:
+            for index, share in steps:
+                self._announce_stage(index)
+                recent = self.state.recent_losses
+                result = self._step(index, share)
                 bar.set_postfix(loss=f"{result.loss:.3f}", refresh=False)
                 bar.update()
+                if health.is_spike(result.loss, recent, self.config.spike_factor) and self._roll_back(result):
+                    return
                 self._after_step(result)
+                if self._is_over():
+                    return
 
-    def _step(self, index: int, micro_batches: Iterator[MicroBatch]) -> StepResult:
-        activity.within(f"step {index + 1}")
+    def _announce_stage(self, index: int) -> None:
+        stages, segment = self.data.history["stages"], self.data.plan.segment_of(index)
+        name = stages[segment.stage]["name"]
+        if segment.start_step == index:
+            self.state.recent_losses = []  # other tasks have other losses
+        if len(stages) > 1 and name != self._announced:
+            weights = ", ".join(f"{t} {w}" for t, w in zip(self.data.names, segment.weights, strict=True))
+            log.info(
+                "step %d: stage %d of %d, %s (%s)", index + 1, segment.stage + 1, len(stages), name, weights
+            )
+        self.state.stage = self._announced = name
+
+    def _step(self, index: int, share: Share) -> StepResult:
         rate = self.schedule.rate(self.data.plan, index)
-        timed = _Timed(micro_batches)
+        timed = _Timed(share)
+        activity.within(f"step {index + 1}")
         result = self.engine.train_step(timed, rate, stop=lambda: self._stop_requested)
-        self.throughput.add(
-            tokens=result.tokens,
-            samples=result.samples,
-            audio_seconds=result.audio_seconds,
-            padding=result.positions - result.tokens,
-            data_wait=timed.seconds,
-        )
-        self._count(result)
-        self.monitor.scalars(self.state.step, self._scalars(result, rate))
+        self.state.count(result, self.data.plan.draws_after(index + 1), self.data.names)
+        self.monitor.scalars(self.state.step, self.metrics.scalars(result, self.state, rate, timed.seconds))
         return result
-
-    def _count(self, result: StepResult) -> None:
-        state = self.state
-        state.step += 1
-        state.draws_consumed = self.data.plan.draws_after(state.step)
-        state.samples_seen += result.samples
-        state.tokens_seen += result.tokens
-        state.audio_seconds_seen += result.audio_seconds
-        state.bad_samples += result.bad_samples
-        for name, tokens in zip(self.data.names, result.task_tokens, strict=True):
-            state.task_tokens_seen[name] = state.task_tokens_seen.get(name, 0.0) + tokens
-        self._skipped_in_a_row = 0 if result.applied else self._skipped_in_a_row + 1
-
-    def _scalars(self, result: StepResult, rate: float) -> dict[str, float | None]:
-        values: dict[str, float | None] = {
-            "train/loss": result.loss,
-            "train/learning_rate": rate,
-            "train/grad_norm": result.grad_norm,
-            "train/skipped": float(not result.applied),
-            "data/draws_consumed": float(self.state.draws_consumed),
-            "data/draw_hash": float(result.draw_hash),
-            "train/bad_samples": float(self.state.bad_samples),
-            "train/stage": float(self.data.plan.segment_of(self.state.step - 1).stage),
-            "train/epoch": self.state.draws_consumed / max(1, sum(map(len, self.data.plan.streams))),
-        }
-        total_tokens = sum(result.task_tokens)
-        for name, nll, tokens in zip(self.data.names, result.task_nll, result.task_tokens, strict=True):
-            values[f"loss/{name}"] = nll / tokens if tokens else None
-            values[f"target_token_share/{name}"] = tokens / total_tokens if total_tokens else None
-        values |= {f"speed/{name}": value for name, value in self.throughput.take().items()}
-        return values | self.gpu_meter.read()
 
     def _after_step(self, result: StepResult) -> None:
         """Everything that happens between two steps."""
         state, config, last = self.state, self.config, self.data.plan.num_steps
-        self._check_health(result)
+        health.check_finite(result, state.step, state.skipped_in_a_row, config.max_skipped_steps)
+        health.check_samples(state.bad_samples, state.samples_seen)
+        self.stragglers.look(result.seconds_by_rank, state.step)
         if result.stop or self._evaluation_due() or _due(state.step, config.save_steps):
             self._save()
         if result.stop and state.step < last:
+            self.saver.wait(final=True)
             raise Preempted(
                 f"stopped by a signal after step {state.step} of {last}; the same command goes on from here"
             )
         if self._evaluation_due():
+            self.saver.wait(final=state.step == last)
             self._evaluate()
+        elif _due(state.step, config.val_loss_steps):
+            losses = self.validation_loss()
+            self.monitor.scalars(state.step, {f"val_loss/{task}": loss for task, loss in losses.items()})
+            self.metrics.restart_clock()
 
     def _evaluation_due(self) -> bool:
         step = self.state.step
         return step in (0, self.data.plan.num_steps) or _due(step, self.config.eval_steps)
 
-    def _check_health(self, result: StepResult) -> None:
-        state = self.state
-        if not result.applied:
-            log.warning("step %d skipped on all ranks: its loss or gradient is not finite", state.step)
-        if self._skipped_in_a_row >= self.config.max_skipped_steps:
-            raise NonFiniteError(
-                f"{self._skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last is step "
-                f"{state.step}; lower --learning_rate or look at the data of these steps"
-            )
-        if state.bad_samples > max(BAD_SAMPLES_GRACE, MAX_BAD_SAMPLE_RATE * state.samples_seen):
-            raise BadSamplesError(
-                f"{state.bad_samples} of {state.samples_seen} examples could not be read, more than "
-                f"{MAX_BAD_SAMPLE_RATE:.0%}; the log names them, check the shards with tools/build_shards.py"
+    def _evaluate(self) -> None:
+        """Decode the dev data; ``best`` then names the checkpoint with the best score."""
+        step = self.state.step
+        metrics = self.evaluate(step)
+        self.metrics.restart_clock()
+        score = distributed.broadcast_json(metrics and score_of(metrics, self.config.best_metric))
+        if score is not None:
+            self.state.record_score(step, score)
+        best = best_checkpoint(self.run_dir, self.config.best_metric) if metrics else None
+        if best is not None:
+            write_bytes(self.run_dir / "best", f"{best.name}\n".encode())
+        if self.stopped_early():
+            log.info(
+                "stopping early: no gain of %s in the last %d evaluations",
+                self.config.best_metric,
+                self.early_stopping.patience,
             )
 
-    def _evaluate(self) -> None:
-        """Decode the dev data; ``best`` then names the checkpoint with the highest macro score."""
-        metrics = self.evaluate(self.state.step)
-        self.throughput.take()  # the time of an evaluation is no training time
-        if metrics is not None:
-            self.monitor.scalars(self.state.step, _evaluation_scalars(metrics))
-            best = best_checkpoint(self.run_dir)
-            if best is not None:
-                write_bytes(self.run_dir / "best", f"{best.name}\n".encode())
+    def _roll_back(self, result: StepResult) -> bool:
+        """Go back to the newest checkpoint and leave out the steps since then; False where that cannot be."""
+        step = self.state.step
+        self.saver.wait()
+        newest = checkpoint.newest_whole(self.run_dir)
+        if newest is None or len(self.state.left_out) >= MAX_ROLLBACKS:
+            log.warning(
+                "step %d: loss %.3f is a spike; going on, the spike guard cannot go back", step, result.loss
+            )
+            return False
+        log.warning("%s", health.rollback_message(step, result.loss, newest))
+        left_out = [*self.state.left_out, [checkpoint.step_of(newest), step]]
+        saved = TrainState.restored(checkpoint.load(newest, self.engine))
+        for name in ("samples_seen", "tokens_seen", "audio_seconds_seen", "bad_samples", "task_tokens_seen"):
+            setattr(self.state, name, getattr(saved, name))
+        self.state.left_out, self.state.recent_losses = left_out, saved.recent_losses
+        self.state.totals.clear()
+        self.state.totals.update(saved.totals)
+        self._save()
+        return True
 
     def _save(self) -> None:
-        checkpoint.save(
-            self.run_dir, self.state.step, self.engine, asdict(self.state) | {"plan": self.data.history}
-        )
-        if distributed.rank() == 0:
-            activity.now("deleting what is older")
-            checkpoint.prune(self.run_dir, self.config.save_total_limit)
+        self.saver.save(self.state.step, self.engine, asdict(self.state) | {"plan": self.data.history})
 
     def _catch_signals(self) -> None:
         """A signal only sets a flag; the next step's reduction tells every rank. A second Ctrl-C ends at once."""
@@ -233,16 +242,17 @@ class Trainer:
 
 
 class _Timed:
-    """Iterates micro-batches and adds up how long it waited for them, in seconds."""
+    """A share that adds up how long its micro-batches were waited for, in seconds."""
 
-    def __init__(self, micro_batches: Iterator[MicroBatch]) -> None:
-        self._micro_batches = micro_batches
+    def __init__(self, share: Share) -> None:
+        self._share = share
         self.seconds = 0.0
 
     def __iter__(self) -> Iterator[MicroBatch]:
+        micro_batches = iter(self._share)
         while True:
             started = time.perf_counter()
-            batch = next(self._micro_batches, None)
+            batch = next(micro_batches, None)
             self.seconds += time.perf_counter() - started
             if batch is None:
                 return
@@ -250,30 +260,25 @@ class _Timed:
                 log.warning("masked example %s", bad)
             yield batch
 
+    def smaller(self) -> Share:
+        """The share in smaller micro-batches, still timed."""
+        self._share = self._share.smaller()
+        return self
 
-def best_checkpoint(run_dir: Path) -> Path | None:
-    """The published checkpoint whose evaluation has the highest macro score, the earlier one of equals."""
+
+def best_checkpoint(run_dir: Path, metric: str) -> Path | None:
+    """The published checkpoint whose evaluation has the best score, the earlier one of equals."""
     best: tuple[float, Path] | None = None
     for path in checkpoint.published(run_dir):
         try:
-            macro = json.loads((run_dir / "eval" / path.name / "metrics.json").read_text("utf-8"))["macro"]
+            metrics = json.loads((run_dir / "eval" / path.name / "metrics.json").read_text("utf-8"))
+            score = score_of(metrics, metric)
         except (OSError, ValueError, KeyError):
             continue
-        if macro is not None and (best is None or macro > best[0]):
-            best = (macro, path)
+        if score is not None and (best is None or score > best[0]):
+            best = (score, path)
     return best[1] if best else None
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _evaluation_scalars(metrics: dict[str, Any]) -> dict[str, float | None]:
-    values: dict[str, float | None] = {
-        f"eval/{name}": metrics[name] for name in ("macro", "weighted", "balance", "rtfx")
-    }
-    for task, scores in metrics["tasks"].items():
-        for name, value in scores.items():
-            if isinstance(value, (int, float)):
-                values[f"eval_{task}/{name}"] = value
-    return values

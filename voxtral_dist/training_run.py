@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,28 +13,37 @@ import torch
 from voxtral_dist import (
     activity,
     checkpoint,
+    debug_run,
     distributed,
     dry_run,
     evaluator,
     model,
     prepare,
     report,
+    resume,
     run_dir,
     watchdog,
 )
 from voxtral_dist import config as settings
+from voxtral_dist.atomic import write_bytes
+from voxtral_dist.audio import SAMPLE_RATE
 from voxtral_dist.collator import Collator
 from voxtral_dist.config import TrainConfig
 from voxtral_dist.data import TrainData, TrainSettings
 from voxtral_dist.distributed import World
+from voxtral_dist.early_stopping import check_metric
 from voxtral_dist.engine import EngineSettings, TrainEngine, build_ds_config
 from voxtral_dist.errors import UserError, VoxtralDistError
 from voxtral_dist.eval_data import EvalData
 from voxtral_dist.logger import get_logger
 from voxtral_dist.monitor import Monitor, NullMonitor
 from voxtral_dist.shares import CostModel
+from voxtral_dist.step_metrics import StepMetrics
 from voxtral_dist.task_data import TaskData, fingerprints
-from voxtral_dist.trainer import Trainer, TrainState
+from voxtral_dist.tasks import TASKS
+from voxtral_dist.train_state import TrainState
+from voxtral_dist.trainer import Trainer, best_checkpoint
+from voxtral_dist.validation_loss import validation_loss
 
 log = get_logger(__name__)
 
@@ -48,31 +58,42 @@ def train(config: TrainConfig, world: World) -> None:
         VoxtralDistError: with the exit code of what happened, see :class:`~voxtral_dist.errors.ExitCode`.
     """
     out = Path(config.output_dir)
-    stored = run_dir.stored_identity(out) or {}
-    if not config.dry_run:
-        check_settings(config, out, stored)
+    origin = None
+    if not (config.dry_run or config.debug):
+        origin = resume.named(config.resume, out, settings.dump_yaml(config))
+        check_settings(config, out, origin)
     collator = prepare.open_collator(config)
     tasks = prepare.open_data(config, config.train_shards, config.train_jsonl, "train", world, collator)
     dev_tasks = prepare.open_data(config, config.val_shards, config.val_jsonl, "dev", world, collator)
     dev = EvalData(dev_tasks, collator, config.max_len)
+    if len(dev):
+        check_metric(config.best_metric, {task.name: TASKS[task.name].metric for task in dev_tasks})
     data = plan_data(config, world, tasks, collator, None)
     if config.dry_run:
         if world.is_main:
             print_dry_run(config, data, world)
         return
+    if config.debug:
+        debug_run.debug(config, data, world)
+        return
     identity = data.identity() | prepare.model_identity(config) | {"dev_data": fingerprints(dev.tasks)}
-    run_dir.check_identity(out, identity)
+    resume.check_identities(out, origin, identity)
     device = distributed.local_device(world)
     distributed.start(device)
     try:
         with watchdog.guarding(config.stall_timeout, partial(run_dir.end_stalled, out)):
-            newest = checkpoint.newest_whole(out)
+            newest = resume.whole(origin) if origin else checkpoint.newest_whole(out)
             if newest:
                 data = plan_data(config, world, tasks, collator, newest)
+            resume.check_not_over(out, origin, data.plan.num_steps)
             check_same_plan(data, checkpoint.step_of(newest) if newest else 0)
             if world.is_main:
+                go_back(out, origin, config.best_metric)
                 print("\n".join(dry_run.plan_lines(data, world.world_size)), flush=True)
                 about = run_dir.environment(world.world_size, str(device)) | {"data": fingerprints(tasks)}
+                about["init_adapter"] = [config.init_adapter, identity["init_adapter"]]
+                if newest and (changed := run_dir.changed_environment(out, about)):
+                    log.warning("going on with %s: equal to rounding, not bit for bit", changed)
                 run_dir.begin(out, settings.dump_yaml(config), identity, about)
             fit(config, data, dev, device, newest)
     finally:
@@ -119,20 +140,39 @@ def check_same_plan(data: TrainData, first_step: int) -> None:
         )
 
 
-def check_settings(config: TrainConfig, out: Path, stored: dict[str, Any]) -> None:
+def check_settings(config: TrainConfig, out: Path, origin: Path | None) -> None:
     """Refuse what needs no data to be refused, before data is packed into the directory of another run.
+
+    Args:
+        config: of this start.
+        out: the run directory.
+        origin: the checkpoint that ``--resume`` names.
 
     Raises:
         UserError: the directory holds a run with other settings, or a run at all with ``--resume none``; the
             ``--ds_config`` is not usable.
     """
+    stored = run_dir.stored_identity(out)
     if config.resume == "none" and stored:
         raise UserError(
             f"--resume none but --output_dir {out} holds a run; give a new directory or leave the flag out"
         )
     settings_now = prepare.model_identity(config) | {"seed": config.seed, "max_len": config.max_len}
-    run_dir.check_identity(out, stored | settings_now)
+    theirs = run_dir.stored_identity(resume.run_of(origin)) if origin else stored
+    resume.check_identities(out, origin, (theirs or {}) | settings_now)
     build_ds_config(EngineSettings(ds_config=config.ds_config), 0)
+
+
+def go_back(out: Path, origin: Path | None, metric: str) -> None:
+    """Set aside what the run did after the checkpoint that ``--resume`` names, and say so; for rank 0."""
+    own = origin and resume.is_own(origin, out)
+    line = resume.set_aside(out, checkpoint.step_of(origin)) if origin and own else None
+    if line:
+        print(line, flush=True)
+        (out / "best").unlink(missing_ok=True)
+        best = best_checkpoint(out, metric)
+        if best is not None:
+            write_bytes(out / "best", f"{best.name}\n".encode())
 
 
 def print_dry_run(config: TrainConfig, data: TrainData, world: World) -> None:
@@ -163,15 +203,25 @@ def fit(
         seed=config.seed,
     )
     engine = TrainEngine(prepare.training_model(config, device, len(data.tasks)), engine_settings)
-    state = TrainState()
-    if newest:
-        saved = checkpoint.load(newest, engine)
-        state = TrainState(**{name: saved[name] for name in TrainState.__dataclass_fields__})
+    state = TrainState.restored(checkpoint.load(newest, engine)) if newest else TrainState()
     log.info("%s", f"going on from {newest}" if newest else f"starting at step 0, no checkpoint in {out}")
     monitor = Monitor.create(out, distributed.rank(), config.private_text, state.step)
+    metrics = StepMetrics(
+        data,
+        model.read_config(config.model_id),
+        distributed.world_size(),
+        rank=distributed.rank(),
+        device=device,
+        max_grad_norm=config.max_grad_norm,
+        lora_parameters=sum(p.numel() for name, p in engine.named_parameters if "lora_" in name),
+        encoder_trains=not config.freeze_whisper,
+        totals=state.totals,
+    )
     evaluate = partial(evaluate_step, config, engine.model.model, dev, monitor)
+    loss = partial(validation_loss, engine, dev, data.names, config.per_device_bsz)
+    trainer = Trainer(engine, data, config, monitor, metrics, evaluate, loss, state)
     try:
-        Trainer(engine, data, config, monitor, evaluate, state).fit()
+        trainer.fit()
     finally:
         monitor.close()
     finish(out)
@@ -182,20 +232,44 @@ def evaluate_step(
 ) -> dict[str, Any] | None:
     """Decode the dev data at a step, unless that was done before the last stop; the metrics on rank 0."""
     name = checkpoint.step_dir(Path(), step).name
-    if is_evaluated(Path(config.output_dir), name, dev):
-        return None
     folder = Path(config.output_dir) / "eval" / name
+    if is_evaluated(Path(config.output_dir), name, dev):
+        known = folder / "metrics.json"
+        return json.loads(known.read_text("utf-8")) if distributed.rank() == 0 and known.is_file() else None
     activity.within(f"the evaluation at step {step}")
     how = evaluator.EvalSettings(config.per_device_bsz, config.eval_max_new_tokens, config.num_workers)
     result = evaluator.evaluate(voxtral, dev, how, {"model_id": config.model_id, "step": step})
     if result is None:
         return None
     evaluator.write(folder, result)
+    monitor.scalars(step, evaluation_scalars(result.metrics))
+    show_previews(monitor, dev, result, step, config.private_text)
     previews = report.previews(result.predictions, evaluator.PREVIEWS_PER_TASK)
-    monitor.texts(step, "previews", previews)
     scores = report.score_table(result.metrics)
     log.info("evaluation at step %d\n%s", step, scores if config.private_text else f"{scores}\n\n{previews}")
     return result.metrics
+
+
+def show_previews(
+    monitor: NullMonitor, dev: EvalData, result: evaluator.Evaluation, step: int, private: bool
+) -> None:
+    """References beside hypotheses per task; at the run's first evaluation also how some of them sound."""
+    for task in result.metrics["tasks"]:
+        records = [record for record in result.predictions if record["task"] == task]
+        monitor.texts(step, f"previews/{task}", report.previews(records, evaluator.PREVIEWS_PER_TASK))
+    if step == 0 and not private:
+        for name, samples in evaluator.clips(dev, result):
+            monitor.audio(step, f"previews/{name}", torch.from_numpy(samples), SAMPLE_RATE)
+
+
+def evaluation_scalars(metrics: dict[str, Any]) -> dict[str, float | None]:
+    """The numbers of an evaluation by TensorBoard tag."""
+    names = ("macro", "weighted", "balance", "rtfx")
+    values: dict[str, float | None] = {f"eval/{name}": metrics[name] for name in names}
+    for task, scores in metrics["tasks"].items():
+        numbers = {name: value for name, value in scores.items() if isinstance(value, (int, float))}
+        values |= {f"eval_{task}/{name}": value for name, value in numbers.items()}
+    return values
 
 
 def is_evaluated(out: Path, name: str, dev: EvalData) -> bool:

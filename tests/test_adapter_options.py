@@ -22,7 +22,8 @@ from voxtral_dist.batch import MicroBatch
 from voxtral_dist.collator import Collator
 from voxtral_dist.config import TrainConfig
 from voxtral_dist.decode import greedy_decode
-from voxtral_dist.engine import EngineSettings, TrainEngine
+from voxtral_dist.ds_config import EngineSettings
+from voxtral_dist.engine import TrainEngine
 from voxtral_dist.errors import UserError
 
 MODES = ("projector", "language_model")

@@ -23,7 +23,8 @@ from voxtral_dist.adapter import LoraSettings
 from voxtral_dist.atomic import write_bytes
 from voxtral_dist.audio import AudioSpec
 from voxtral_dist.collator import Collator, Example
-from voxtral_dist.engine import EngineSettings, TrainEngine
+from voxtral_dist.ds_config import EngineSettings
+from voxtral_dist.engine import TrainEngine
 from voxtral_dist.errors import NoCheckpointError, UserError, VoxtralDistError
 from voxtral_dist.sample import Sample
 from voxtral_dist.saver import Saver

@@ -151,6 +151,7 @@ def test_config_yaml_gives_the_same_settings_back(tmp_path: Path) -> None:
         "lr_schedule": "stage",
         "task_weights": "",  # not beside stages
         "learning_rate": 3e-05,
+        "spike_factor": 2.5,
         "lora_targets": "projector",
         "tune": "projector",
         "lora_rslora": False,  # not beside tune

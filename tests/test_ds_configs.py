@@ -14,7 +14,8 @@ from test_engine import digest, micro_batches, moments, poisoned, put_back, weig
 from test_gradient import SPLITS, build, make_examples, reference_gradient, relative_errors
 
 from voxtral_dist import optimizer_state
-from voxtral_dist.engine import BUCKET_LIMIT, EngineSettings, TrainEngine, build_ds_config
+from voxtral_dist.ds_config import BUCKET_LIMIT, EngineSettings, build_ds_config
+from voxtral_dist.engine import TrainEngine
 from voxtral_dist.errors import UserError
 
 PRESETS = sorted((ROOT / "ds_configs").glob("*.json"))

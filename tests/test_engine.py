@@ -22,8 +22,10 @@ from voxtral_dist import optimizer_state
 from voxtral_dist.audio import AudioSpec
 from voxtral_dist.batch import MicroBatch
 from voxtral_dist.collator import Collator, Example
-from voxtral_dist.engine import EngineSettings, StepResult, TrainEngine, build_ds_config
+from voxtral_dist.ds_config import EngineSettings, build_ds_config
+from voxtral_dist.engine import TrainEngine
 from voxtral_dist.errors import UserError
+from voxtral_dist.step_sums import StepResult
 from voxtral_dist.tokenizer import TekkenVocabulary
 
 RATE = 1e-3

@@ -19,7 +19,8 @@ from voxtral_dist import model as modeling
 from voxtral_dist.adapter import LoraSettings
 from voxtral_dist.audio import AudioSpec, log_mel
 from voxtral_dist.collator import Collator, Example
-from voxtral_dist.engine import EngineSettings, TrainEngine
+from voxtral_dist.ds_config import EngineSettings
+from voxtral_dist.engine import TrainEngine
 from voxtral_dist.sample import Sample
 from voxtral_dist.tokenizer import TekkenVocabulary
 

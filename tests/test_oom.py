@@ -14,7 +14,8 @@ from test_engine import make_collator, make_step, make_training, micro_batches
 
 from voxtral_dist.batch import MicroBatch
 from voxtral_dist.collator import Collator, Example
-from voxtral_dist.engine import EngineSettings, TrainEngine
+from voxtral_dist.ds_config import EngineSettings
+from voxtral_dist.engine import TrainEngine
 from voxtral_dist.errors import VoxtralDistError
 from voxtral_dist.micro_batches import Caps, cut
 

@@ -24,7 +24,8 @@ from voxtral_dist.config import TrainConfig
 from voxtral_dist.data import TrainData
 from voxtral_dist.distributed import World
 from voxtral_dist.dry_run import masked_lines
-from voxtral_dist.engine import EngineSettings, TrainEngine
+from voxtral_dist.ds_config import EngineSettings
+from voxtral_dist.engine import TrainEngine
 from voxtral_dist.loss import IGNORE_INDEX
 from voxtral_dist.model import ForwardResult
 from voxtral_dist.plan import Step

@@ -10,7 +10,7 @@ import torch
 
 from voxtral_dist.config import TrainConfig
 from voxtral_dist.data import TrainData
-from voxtral_dist.engine import BUCKET_LIMIT
+from voxtral_dist.ds_config import BUCKET_LIMIT
 from voxtral_dist.flops import VoxtralFlops
 from voxtral_dist.loss import IGNORE_INDEX
 from voxtral_dist.report import table

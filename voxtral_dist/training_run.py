@@ -31,8 +31,9 @@ from voxtral_dist.collator import Collator
 from voxtral_dist.config import TrainConfig
 from voxtral_dist.data import TrainData, TrainSettings
 from voxtral_dist.distributed import World
+from voxtral_dist.ds_config import EngineSettings, build_ds_config
 from voxtral_dist.early_stopping import check_metric
-from voxtral_dist.engine import EngineSettings, TrainEngine, build_ds_config
+from voxtral_dist.engine import TrainEngine
 from voxtral_dist.errors import UserError, VoxtralDistError
 from voxtral_dist.eval_data import EvalData
 from voxtral_dist.logger import get_logger

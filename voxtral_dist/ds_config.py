@@ -102,7 +102,7 @@ def _read_ds_config(path: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(path.read_text("utf-8"))
         zero = config.get("zero_optimization", {})
-        offloads = offloads({"zero_optimization": zero})
+        in_host_memory = offloads({"zero_optimization": zero})
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"--ds_config {path} cannot be read as JSON settings: {error}") from error
     stage = zero.get("stage")
@@ -117,7 +117,7 @@ def _read_ds_config(path: Path) -> dict[str, Any]:
     for key, flag in _DECIDED.items():
         if key in config:
             raise UserError(f"--ds_config {path}: {key!r} is decided by {flag}; remove it from the file")
-    if offloads and zero["offload_optimizer"]["device"] != "cpu":
+    if in_host_memory and zero["offload_optimizer"]["device"] != "cpu":
         raise UserError(
             f"--ds_config {path}: offload_optimizer to {zero['offload_optimizer']['device']!r}; only 'cpu'"
         )

@@ -13,19 +13,12 @@ from voxtral_dist import config as settings
 from voxtral_dist import distributed, run_dir
 from voxtral_dist.config import EvalConfig
 from voxtral_dist.distributed import World
-from voxtral_dist.errors import run_main
 from voxtral_dist.logger import setup_logging
 
 
 def main() -> None:
     """Evaluate; rank 0 speaks, and leaves the outcome in exit_status.json."""
-    run_main(start)
-
-
-def start() -> None:
-    """Find this process's place among the ranks and run; an error of ours is told by rank 0 alone."""
-    world = distributed.read_world()
-    run_main(lambda: run(world), speak=world.is_main)
+    distributed.run_as_rank(run)
 
 
 def run(world: World) -> None:

@@ -8,7 +8,8 @@
 #
 # TERM, INT, HUP and USR2 go on to the ranks, and not to the launcher, which would kill or orphan them; USR1 goes on
 # as USR2. The exit code is the one that rank 0 leaves in OUTPUT_DIR/exit_status.json, because torchrun turns every
-# failure into 1 and deepspeed calls a killed job a success. Without that file it is the launcher's, but never 0.
+# failure into 1 and deepspeed calls a killed job a success. Without that file it is 75 for a job that a signal ended
+# while it started, else the launcher's, but never 0.
 set -euo pipefail
 : "${PYTHON:?names the Python interpreter; start launch/train.sh or launch/evaluate.sh}"
 script="$1"
@@ -34,8 +35,10 @@ ranks() { # without the helper processes that ranks start
     done 2>/dev/null
 }
 
+stopped=""
 pass_on() { # SIGNAL: to the ranks, or to the launcher before there are any
     local pids
+    stopped=yes
     pids="$(ranks)"
     kill -s "$1" ${pids:-$! $(processes)} 2>/dev/null || true
 }
@@ -65,7 +68,7 @@ if [ -z "$output_dir" ] && [ -f "$config" ]; then
     output_dir="$(sed -n "s/^output_dir:[[:space:]]*//p" "$config" | tr -d "\"'")"
 fi
 status_file="${output_dir:+$output_dir/exit_status.json}"
-if [[ " $*" == *" --dry_run"* ]]; then status_file=""; fi # which leaves the run directory alone
+if [[ " $*" =~ " --dry_run"|" --debug" ]]; then status_file=""; fi # which leave the run directory alone
 if [ -n "$status_file" ]; then rm -f "$status_file"; fi
 
 gpus=0
@@ -76,7 +79,12 @@ if [ "$gpus" -eq 0 ]; then export DS_ACCELERATOR=cpu; fi
 NPROC="${NPROC:-$((gpus > 0 ? gpus : 2))}"
 cores="$(nproc)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}"
-port="${MASTER_PORT:-$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
+bind='import socket, sys; s, port = socket.socket(), int(sys.argv[1]) # one whose last user is just gone is free
+s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, port > 0); s.bind(("", port)); print(s.getsockname()[1])'
+if ! port="$("$PYTHON" -c "$bind" "${MASTER_PORT:-0}" 2>/dev/null)"; then
+    echo "error: MASTER_PORT=${MASTER_PORT:-} is in use or no port; leave it out and a free one is taken" >&2
+    exit 2
+fi
 unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT
 
 devices=(--num_gpus "$NPROC")
@@ -114,6 +122,7 @@ if ! wait_until_gone 1; then
     orphans="$(ranks)"
     echo "error: the launcher is gone (exit code $code) and left processes; ending them" >&2
     pass_on TERM
+    stopped=""
     wait_until_gone "${SHUTDOWN_GRACE:-60}" || kill -s KILL $(processes) 2>/dev/null
     wait_until_gone 5
 fi
@@ -121,6 +130,7 @@ if [ -f "$status_file" ]; then
     code="$(sed -n 's/.*"exit_code"[[:space:]]*:[[:space:]]*\([0-9]\{1,3\}\).*/\1/p' "$status_file")"
     exit "${code:-1}"
 fi
+if [ -n "$stopped" ] && [ -n "$status_file" ]; then exit 75; fi
 if [ "$code" -eq 0 ] && [ -n "$status_file$orphans" ]; then
     echo "error: the launcher reports success but rank 0 left no ${status_file:-exit code}; taken as a failure" >&2
     exit 1

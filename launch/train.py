@@ -14,26 +14,20 @@ from voxtral_dist import config as settings
 from voxtral_dist import distributed, run_dir
 from voxtral_dist.config import TrainConfig
 from voxtral_dist.distributed import World
-from voxtral_dist.errors import run_main
 from voxtral_dist.logger import setup_logging
 
 
 def main() -> None:
     """Train; rank 0 speaks, and leaves the outcome in exit_status.json."""
-    run_main(start)
-
-
-def start() -> None:
-    """Find this process's place among the ranks and run; an error of ours is told by rank 0 alone."""
-    world = distributed.read_world()
-    run_main(lambda: run(world), speak=world.is_main)
+    distributed.run_as_rank(run)
 
 
 def run(world: World) -> None:
     """Read the flags and train as one of ``world.world_size`` ranks."""
     config = settings.parse(TrainConfig, sys.argv[1:], "train.py")
     setup_logging(world.rank)
-    with run_dir.exit_status(config.output_dir, active=world.is_main and not config.dry_run):
+    trains = not (config.dry_run or config.debug)
+    with run_dir.exit_status(config.output_dir, active=world.is_main and trains):
         from voxtral_dist.training_run import train
 
         train(config, world)

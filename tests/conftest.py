@@ -14,6 +14,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # saves DeepSpeed's import of
 sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import load_script
+from runs import Demo, compose
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +23,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("models") / "tiny"
     load_script("tools/build_tiny_voxtral.py").build(out)
     return out
+
+
+@pytest.fixture(scope="session")
+def demo(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """The demo's rows, packed data and model; a test that changes a file of it works on a copy."""
+    return compose(tmp_path_factory.mktemp("demo"), tiny_model)

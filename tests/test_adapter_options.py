@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks
+from runs import Demo, alone
 from safetensors.torch import load_file, save_file
 from test_engine import digest, make_collator, moments
 from test_gradient import SMOOTHING, SPLITS, make_examples, relative_errors
 from test_model import LORA, base, stock_logits, tuned
-from test_train_run import Demo, alone, demo  # noqa: F401 (a fixture)
 
 from voxtral_dist import adapter, checkpoint, config, full_tuning, optimizer_state, prepare
 from voxtral_dist import model as modeling
@@ -297,7 +297,7 @@ def test_a_run_with_checkpoints_keeps_its_record(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-def test_train_begin_again_and_evaluate(demo: Demo, tmp_path: Path, mode: str) -> None:  # noqa: F811
+def test_train_begin_again_and_evaluate(demo: Demo, tmp_path: Path, mode: str) -> None:
     """A run, a second one that begins from it, and its evaluation by evaluate.py; all say the same about the start."""
     first, second = tmp_path / "first", tmp_path / "second"
     flags = ("--tune", mode, "--max_steps", "2", "--eval_steps", "0")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from harness import ROOT, load_script
+from runs import Demo
 
 from voxtral_dist import config as settings
 from voxtral_dist import prepare, run_dir, training_run
@@ -41,14 +43,9 @@ Call = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with JSONL files, audio, and ``shards/<task>/{train,dev}``."""
-    out = tmp_path_factory.mktemp("bad_input")
-    script = load_script("tools/compose_demo.py")
-    script.compose(out, script.Settings(train_rows=12, dev_rows=3), script.load_bank(script.BANK))
-    for split in ("train", "dev"):
-        pack([out / f"{task}.{split}.jsonl" for task in ("asr", "sqa", "tqa")], out / "shards", split=split)
-    return out
+def demo(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the demo, to put bad rows and sounds into: JSONL files, audio, ``shards/<task>/{train,dev}``."""
+    return Path(shutil.copytree(demo.folder, tmp_path_factory.mktemp("bad_input"), dirs_exist_ok=True))
 
 
 def shards(demo: Path, split: str, *tasks: str) -> str:
@@ -282,11 +279,11 @@ def test_too_long_examples_are_counted_and_left_out_on_request(
     max_len = int(sorted(positions)[8])
     too_long = int((positions > max_len).sum())
     longest = task.sets[0].sample(int(positions.argmax())).source
-    assert 0 < too_long < 12
+    assert 0 < too_long < len(task)
     data = ("--train_shards", shards(demo, "train", "tqa"), "--max_len", str(max_len))
     message = train(data=data)
     assert (
-        f"{too_long} of 12 tqa examples" in message
+        f"{too_long} of {len(task)} tqa examples" in message
         and longest in message
         and "--max_overlong_rate" in message
     )
@@ -296,9 +293,11 @@ def test_too_long_examples_are_counted_and_left_out_on_request(
         patch.setattr(sys, "argv", ["train.py", *flags, *data, "--dry_run"])
         load_script("launch/train.py").run(WORLD)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("tqa "))
-    assert [cell.strip() for cell in line.split("|")][1:3] == [str(12 - too_long), str(too_long)]
+    assert [cell.strip() for cell in line.split("|")][1:3] == [str(len(task) - too_long), str(too_long)]
     assert not traces(tmp_path)
-    assert "12 of 12 tqa examples" in train("--max_overlong_rate", "1", data=(*data, "--max_len", "3"))
+    assert f"{len(task)} of {len(task)} tqa examples" in train(
+        "--max_overlong_rate", "1", data=(*data, "--max_len", "3")
+    )
 
 
 @pytest.fixture

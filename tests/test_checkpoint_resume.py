@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 from harness import load_script, run_ranks
+from runs import Process, log_of, started
 from test_checkpoint import damage, full_disk
 from test_checkpoint_faults import written
-from test_train_run import Process, log_of, started
 
 from voxtral_dist import checkpoint, distributed, resume
 from voxtral_dist.errors import UserError, VoxtralDistError

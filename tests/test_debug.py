@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from harness import free_port
-from test_train_run import Demo, Process, alone, demo, log_of, started  # noqa: F401 (demo is a fixture)
+from runs import Demo, Process, alone, log_of, started
 
 from voxtral_dist import debug_run
 
@@ -34,7 +34,7 @@ def norms(text: str) -> tuple[list[float], list[dict[str, float]]]:
     return whole, parts
 
 
-def test_debug_shows_batches_gradients_and_memory(demo: Demo, tmp_path: Path) -> None:  # noqa: F811
+def test_debug_shows_batches_gradients_and_memory(demo: Demo, tmp_path: Path) -> None:
     run = tmp_path / "run"
     text = alone(demo.flags(run, "--debug"), run).text
     assert not run.exists(), "nothing is written"
@@ -60,7 +60,7 @@ def test_debug_shows_batches_gradients_and_memory(demo: Demo, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_debug_on_two_ranks_keeps_text_private(demo: Demo, tmp_path: Path) -> None:  # noqa: F811
+def test_debug_on_two_ranks_keeps_text_private(demo: Demo, tmp_path: Path) -> None:
     """Twice as many examples, the same output from one rank alone; no transcript with --private_text."""
     run, port = tmp_path / "run", str(free_port())
     flags = [sys.executable, "launch/train.py", *demo.flags(run, "--debug", "--private_text")]

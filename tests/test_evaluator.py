@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from harness import ROOT, free_port, load_script, run_ranks
+from runs import Demo
 
 from voxtral_dist import adapter, config, evaluator
 from voxtral_dist import model as modeling
@@ -39,18 +40,16 @@ MAX_LEN = 128
 
 
 @pytest.fixture(scope="module")
-def dev_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[str]]:
+def dev_sets(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[str]]:
     """Packed dev sets of the three tasks, by rows per task."""
     root = tmp_path_factory.mktemp("evaluator")
-    demo = load_script("tools/compose_demo.py")
-    (root / "demo").mkdir()
-    demo.compose(root / "demo", demo.Settings(train_rows=1, dev_rows=max(SIZES)), demo.load_bank(demo.BANK))
+    (root / "audio").symlink_to(demo.folder / "audio")
     out = {}
     for size in SIZES:
         files = []
         for task in ("asr", "sqa", "tqa"):
-            lines = (root / "demo" / f"{task}.dev.jsonl").read_text("utf-8").splitlines(keepends=True)
-            files.append(root / "demo" / f"{task}.{size}.jsonl")
+            lines = (demo.folder / f"{task}.dev.jsonl").read_text("utf-8").splitlines(keepends=True)
+            files.append(root / f"{task}.{size}.jsonl")
             files[-1].write_text("".join(lines[:size]), encoding="utf-8")
         out[size] = [str(folder) for folder in pack(files, root / "shards", split=f"dev{size}")]
     return out
@@ -384,3 +383,12 @@ def test_an_evaluation_on_other_prompts_than_the_training_is_refused(tmp_path: P
         with_run_settings(config.parse(EvalConfig, flags, "evaluate.py"))
     same = config.parse(EvalConfig, [*flags, "--sqa_question", "spoken"], "evaluate.py")
     assert with_run_settings(same).model_id == "m"
+
+
+def test_an_evaluation_takes_length_and_4_bits_from_the_run(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model_id: m\nmax_len: 96\nload_in_4bit: true\nseed: 5\n")
+    flags = ["--lora_dir", str(tmp_path), "--val_shards", "a"]
+    found = with_run_settings(config.parse(EvalConfig, flags, "evaluate.py"))
+    assert (found.model_id, found.max_len, found.load_in_4bit, found.seed) == ("m", 96, True, 0)
+    found = with_run_settings(config.parse(EvalConfig, [*flags, "--max_len", "64"], "evaluate.py"))
+    assert (found.model_id, found.max_len) == ("m", 64)

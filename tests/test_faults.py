@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train_run import Demo, Process, demo, log_of, read, started, steps, tensors
+from runs import Demo, Process, log_of, read, started, steps, tensors
 
 from voxtral_dist import checkpoint
-
-__all__ = ["demo"]
 
 EVERY_TWO = ("--save_steps", "2", "--stall_timeout", "60")
 

@@ -30,6 +30,7 @@ parser.add_argument("--config")
 parser.add_argument("--code", type=int)
 parser.add_argument("--signals", type=int, default=1)
 parser.add_argument("--dry_run", action="store_true")
+parser.add_argument("--debug", action="store_true")
 parser.add_argument("--silent", action="store_true")
 flags = parser.parse_args()
 rank, got = os.environ["RANK"], []
@@ -249,9 +250,10 @@ def test_the_output_dir_of_a_config_file_is_found(start: Start, tmp_path: Path) 
     assert start("python", "--config", "run.yaml", "--silent", "--code", "0").code() == 1
 
 
-def test_a_dry_run_leaves_the_record_alone(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", ["--dry_run", "--debug"])
+def test_a_look_at_a_run_leaves_its_record_alone(start: Start, tmp_path: Path, flag: str) -> None:
     (tmp_path / "exit_status.json").write_text('{"exit_code": 75}')
-    assert start("python", "--output_dir", ".", "--dry_run", "--silent", "--code", "0").code() == 0
+    assert start("python", "--output_dir", ".", flag, "--silent", "--code", "0").code() == 0
     assert (tmp_path / "exit_status.json").exists()
 
 

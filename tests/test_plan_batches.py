@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from harness import ROOT
-from test_train_run import Demo, alone, demo, environment, losses  # noqa: F401
+from runs import Demo, alone, environment, losses
 
 from voxtral_dist import checkpoint
 from voxtral_dist.shards import ShardSet
@@ -30,7 +30,7 @@ def plan_batches(*flags: str, code: int = 0) -> str:
 
 
 @pytest.fixture(scope="module")
-def run(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def run(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight steps on one rank, with checkpoints after four and eight."""
     out = tmp_path_factory.mktemp("run") / "padded"
     alone(demo.flags(out), out)
@@ -68,13 +68,13 @@ def test_audit_notices(run: Path, tmp_path: Path, change: object, words: str) ->
     assert words in plan_batches("--audit", str(tmp_path / "run"), code=2)
 
 
-def test_packed_rows_train_the_same(run: Path, demo: Demo, tmp_path: Path) -> None:  # noqa: F811
+def test_packed_rows_train_the_same(run: Path, demo: Demo, tmp_path: Path) -> None:
     alone(demo.flags(tmp_path / "packed", "--packed"), tmp_path / "packed")
     assert losses(tmp_path / "packed") == pytest.approx(losses(run), rel=1e-4)
     assert losses(tmp_path / "packed")[0] == pytest.approx(losses(run)[0], rel=1e-6)
 
 
-def test_changed_weights_need_permission_and_lose_nothing(run: Path, demo: Demo, tmp_path: Path) -> None:  # noqa: F811
+def test_changed_weights_need_permission_and_lose_nothing(run: Path, demo: Demo, tmp_path: Path) -> None:
     out = halfway(run, tmp_path / "weights")
     flags = demo.flags(out, "--task_weights", "1,2,5")
     process = alone(flags, out, code=2)
@@ -88,7 +88,7 @@ def test_changed_weights_need_permission_and_lose_nothing(run: Path, demo: Demo,
     assert losses(out)[:4] == losses(run)[:4] and losses(out)[4:] != losses(run)[4:]
 
 
-def test_plan_of_many_ranks(demo: Demo) -> None:  # noqa: F811
+def test_plan_of_many_ranks(demo: Demo) -> None:
     text = plan_batches(
         *demo.data("shards"), "--world_size", "8", "--per_device_bsz", "2", "--max_len", "128"
     )
@@ -96,7 +96,7 @@ def test_plan_of_many_ranks(demo: Demo) -> None:  # noqa: F811
     assert "balance of the ranks" in text and "read per rank" in text and "of target tokens" in text
 
 
-def test_damaged_samples_are_masked_named_and_counted(run: Path, demo: Demo, tmp_path: Path) -> None:  # noqa: F811
+def test_damaged_samples_are_masked_named_and_counted(run: Path, demo: Demo, tmp_path: Path) -> None:
     """Three damaged recordings: the run goes on, their labels weigh nothing, and the words beside them still count."""
     shutil.copytree(demo.folder / "shards", tmp_path / "shards")
     folder = tmp_path / "shards" / "asr" / "train"

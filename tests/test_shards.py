@@ -203,9 +203,14 @@ def test_other_members_are_refused_and_not_unpickled(tmp_path: Path) -> None:
     with pytest.raises(CorruptSampleError, match=r"\.pkl"):
         ShardSet.open(tmp_path).read(0)
     assert not marker.exists()
-    columns["audio_offset"][0] = 1 << 40  # a read of a terabyte is refused before it allocates
+    columns["audio_size"][0] = 1 << 31  # refused before it allocates
     rewrite(tmp_path, tar, columns, hostile)
     with pytest.raises(CorruptSampleError, match="limits"):
+        ShardSet.open(tmp_path).read(0)
+    columns["audio_offset"][0] = 1 << 40  # far behind the end
+    columns["audio_size"][0] = 2
+    rewrite(tmp_path, tar, columns, hostile)
+    with pytest.raises(CorruptSampleError, match="no tar header"):
         ShardSet.open(tmp_path).read(0)
 
 

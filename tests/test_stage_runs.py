@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from harness import ROOT
-from safetensors.torch import load_file
-from test_train_run import (
+from runs import (
     TASKS,
     Demo,
     Process,
     alone,
-    demo,
     lines,
     log_of,
     losses,
@@ -25,10 +23,9 @@ from test_train_run import (
     stop_after,
     two_ranks,
 )
+from safetensors.torch import load_file
 
 from voxtral_dist import checkpoint
-
-__all__ = ["demo"]
 
 CURRICULUM = "text:0.25:tqa=1; listen:0.25:asr=2,tqa=1; all:0.5:1.0,1.5,1.2"
 STAGED = (

@@ -14,11 +14,9 @@ from pathlib import Path
 
 import pytest
 from harness import free_port
-from test_train_run import Demo, demo, environment, launch, steps
+from runs import Demo, environment, launch, steps
 
 from voxtral_dist import activity
-
-__all__ = ["demo"]  # a fixture of the other file
 
 TIMEOUT_S, BEAT_S = 3.0, 0.4
 PATIENCE_S = TIMEOUT_S + 10.0

@@ -12,11 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -32,10 +27,14 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import sinusoids
 from transformers.tokenization_mistral_common import MistralCommonBackend
 
+from voxtral_dist.atomic import holds, new_folder
 from voxtral_dist.errors import UserError, run_main
 
 VERSION = "tiny-voxtral/1"
 """Recorded in the folder. Changing what is built from the same arguments must change it."""
+
+RECORD = "recipe.json"
+"""What was built."""
 
 SPECIALS = 1000  # ids reserved for special tokens, as in every Tekken vocabulary
 _FIRST = (
@@ -154,37 +153,6 @@ def draw_weights(model: VoxtralForConditionalGeneration, seed: int) -> None:
             weight.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-def holds(out: Path, recipe: str) -> bool:
-    """Whether ``out`` is the model of ``recipe``; False when there is nothing yet.
-
-    Raises:
-        UserError: ``out`` holds something else.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    found = out / "recipe.json"
-    if found.is_file() and found.read_text("utf-8") == recipe:
-        return True
-    raise UserError(f"{out} holds something else than this model; remove it or name another folder")
-
-
-@contextmanager
-def published(out: Path) -> Iterator[Path]:
-    """A folder to fill beside ``out`` that becomes ``out``, synced, when the block ends without an error."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f"{out.name}.tmp-", dir=out.parent))
-    try:
-        aside.chmod(0o755)
-        yield aside
-        for path in aside.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        os.replace(aside, out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
 def build(
     out: Path,
     *,
@@ -209,19 +177,19 @@ def build(
     """
     sizes = {"max_source_positions": max_source_positions, "hidden_size": hidden_size, "layers": layers}
     recipe = json.dumps({"version": VERSION, "seed": seed, **sizes, "vocab_size": vocab_size}) + "\n"
-    if holds(out, recipe):
+    if holds(out, RECORD, recipe):
         return False
     seconds = chunk_seconds(max_source_positions)
     vocabulary = tekken(vocab_size, seconds)
     model = VoxtralForConditionalGeneration(model_config(vocab_size=vocab_size, **sizes))
     draw_weights(model, seed)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=11)
-    with published(out) as aside:
+    with new_folder(out) as aside:
         model.save_pretrained(aside)
         (aside / "tekken.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
         extractor = WhisperFeatureExtractor(feature_size=MEL_BINS, chunk_length=round(seconds))
         VoxtralProcessor(extractor, MistralCommonBackend.from_pretrained(aside)).save_pretrained(aside)
-        (aside / "recipe.json").write_text(recipe, encoding="utf-8")
+        (aside / RECORD).write_text(recipe, encoding="utf-8")
     return True
 
 

@@ -13,9 +13,6 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,10 +23,14 @@ import numpy.typing as npt
 import soundfile
 from tqdm import tqdm
 
+from voxtral_dist.atomic import holds, new_folder
 from voxtral_dist.errors import UserError, run_main
 
 VERSION = "demo/1"
 """Part of the fingerprint. Changing what is composed from the same settings and bank must change it."""
+
+RECORD = "composition.json"
+"""What was composed."""
 
 BANK = Path(__file__).resolve().parent.parent / "shards" / "demo" / "bank"
 SAMPLE_RATE = 16_000
@@ -207,20 +208,6 @@ def compose(out: Path, settings: Settings, bank: Bank) -> dict[str, int]:
     return {file: len(rows) for file, rows in files.items()}
 
 
-def holds(out: Path, mark: str) -> bool:
-    """Whether ``out`` is the composition with the fingerprint ``mark``; False when there is nothing yet.
-
-    Raises:
-        UserError: ``out`` holds something else.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    found = out / "composition.json"
-    if found.is_file() and mark in found.read_text("utf-8"):
-        return True
-    raise UserError(f"{out} holds something else than this composition; remove it or name another folder")
-
-
 def publish(out: Path, settings: Settings, bank: Bank) -> bool:
     """Compose beside ``out`` and rename; False when ``out`` already holds this composition.
 
@@ -230,22 +217,12 @@ def publish(out: Path, settings: Settings, bank: Bank) -> bool:
     if min(settings.train_rows, settings.dev_rows) < 1 or settings.seed < 0:
         raise UserError(f"{settings} makes no data; rows must be at least 1 and the seed at least 0")
     mark = fingerprint(settings, bank)
-    if holds(out, mark):
+    if holds(out, RECORD, mark):
         return False
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f"{out.name}.tmp-", dir=out.parent))
-    try:
-        aside.chmod(0o755)
+    with new_folder(out) as aside:
         rows = compose(aside, settings, bank)
         about = {"fingerprint": mark, "settings": asdict(settings), "rows": rows}
-        (aside / "composition.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        for path in filter(Path.is_file, aside.rglob("*")):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        os.replace(aside, out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+        (aside / RECORD).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return True
 
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written aside, flushed to the disk, then renamed over the target.
+"""Files and folders that appear whole or not at all: written aside, flushed to the disk, then renamed over the target.
 
 A reader therefore sees the old file or the new one, also after a power cut. A temporary is called
 ``<name>.tmp-<pid>-<hex>`` and is locked by its writer, so that :func:`sweep` can tell litter from work.
@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from voxtral_dist import activity
-from voxtral_dist.errors import VoxtralDistError
+from voxtral_dist.errors import UserError, VoxtralDistError
 
 PATIENCE_S = 3600.0
 """How long :func:`wait_for` sees no progress before it gives up."""
@@ -54,6 +55,43 @@ def write_json(path: Path, value: Any, private: bool = False) -> None:
     """Publish ``value`` as JSON with sorted keys: equal values give equal bytes."""
     text = json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
     write_bytes(path, text.encode() + b"\n", private)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``path`` with all its files when the block ends and vanishes when it raises.
+
+    Args:
+        path: the target; missing or empty when the block ends. The folders above it are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        aside.mkdir()
+        yield aside
+        for entry in (*aside.rglob("*"), aside):
+            flush(entry)
+        os.replace(aside, path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    flush(path.parent)
+
+
+def holds(folder: Path, record: str, mark: str) -> bool:
+    """Whether ``mark`` is in the file ``record`` of a folder; False where there is no folder or nothing in it.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    path = folder / record
+    if path.is_file() and mark in path.read_text("utf-8"):
+        return True
+    raise UserError(
+        f"{folder} holds something else than what was asked for; remove it or name another folder"
+    )
 
 
 def sweep(folder: Path) -> None:

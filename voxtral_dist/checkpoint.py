@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from voxtral_dist import adapter, distributed, optimizer_state
-from voxtral_dist.atomic import flush, write_bytes, write_json
+from voxtral_dist.atomic import new_folder, write_bytes, write_json
 from voxtral_dist.engine import TrainEngine
 from voxtral_dist.errors import NoCheckpointError, UserError
 
@@ -89,18 +88,13 @@ def publish(run_dir: Path, taken: Snapshot) -> None:
 
 
 def _write(target: Path, taken: Snapshot) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
     for old in target.parent.glob("*.tmp-*"):
         shutil.rmtree(old, ignore_errors=True)
-    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    try:
-        temporary.mkdir()
+    with new_folder(target) as temporary:
         adapter.write(taken.adapter, temporary / ADAPTER)
         save_file(taken.optimizer, temporary / OPTIMIZER)
         write_json(temporary / STATE, taken.state)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        for path in files:
-            flush(path)
         entries = {
             str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files
         }
@@ -110,11 +104,6 @@ def _write(target: Path, taken: Snapshot) -> None:
         )
         if target.exists():
             shutil.rmtree(target)
-        os.rename(temporary, target)
-        flush(target.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _sha256(path: Path) -> str:

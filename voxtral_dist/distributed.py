@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from voxtral_dist.errors import UserError
+from voxtral_dist.errors import UserError, run_main
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others in a collective before it gives up."""
@@ -78,6 +79,16 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def run_as_rank(run: Callable[[World], None]) -> None:
+    """Run a program as one of its ranks and leave the process; an error of ours is told by rank 0 alone."""
+
+    def start() -> None:
+        world = read_world()
+        run_main(lambda: run(world), speak=world.is_main)
+
+    run_main(start)
 
 
 def local_device(world: World) -> torch.device:

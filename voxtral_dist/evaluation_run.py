@@ -14,15 +14,19 @@ from voxtral_dist.errors import UserError
 from voxtral_dist.eval_data import EvalData
 from voxtral_dist.tasks import TASKS
 
+OF_THE_RUN = ("model_id", "max_len", "load_in_4bit")
+"""Settings of a run that its evaluation takes over."""
+
 
 def with_run_settings(config: EvalConfig) -> EvalConfig:
-    """Fill ``model_id`` and ``output_dir`` from the run that ``lora_dir`` names, where the flags leave them out.
+    """Fill what the flags leave at its default from the run that ``lora_dir`` names: :data:`OF_THE_RUN`, and
+    ``output_dir`` with a folder in it.
 
     Raises:
-        UserError: they are neither given nor to be found, or the run was trained on other prompts.
+        UserError: ``model_id`` or ``output_dir`` is neither given nor to be found, or the run was trained on other
+            prompts.
     """
     lora_dir = Path(config.lora_dir)
-    model_id, output_dir = config.model_id, config.output_dir
     if config.lora_dir and (lora_dir / "config.yaml").is_file():
         run = load_yaml(lora_dir / "config.yaml")
         trained = run.get("sqa_question", config.sqa_question)
@@ -31,12 +35,13 @@ def with_run_settings(config: EvalConfig) -> EvalConfig:
                 f"--sqa_question {config.sqa_question}: {lora_dir} was trained with {trained!r}, it would be scored on "
                 f"prompts it never saw; give --sqa_question {trained}"
             )
-        model_id = model_id or str(run.get("model_id", ""))
-        output_dir = output_dir or str(lora_dir / "evaluations" / "latest")
-    for name, value in (("model_id", model_id), ("output_dir", output_dir)):
-        if not value:
+        left = [name for name in OF_THE_RUN if getattr(config, name) == getattr(EvalConfig, name)]
+        config = replace(config, **{name: run[name] for name in left if name in run})
+        config = replace(config, output_dir=config.output_dir or str(lora_dir / "evaluations" / "latest"))
+    for name in ("model_id", "output_dir"):
+        if not getattr(config, name):
             raise UserError(f"--{name} is missing; without it --lora_dir must be a run directory")
-    return replace(config, model_id=model_id, output_dir=output_dir)
+    return config
 
 
 def evaluate(config: EvalConfig, world: World) -> None:

@@ -13,7 +13,7 @@ from voxtral_dist.audio_file import decode
 from voxtral_dist.errors import UserError
 from voxtral_dist.jsonl import decode_row
 from voxtral_dist.shard_format import MAX_AUDIO_BYTES, MAX_JSON_BYTES
-from voxtral_dist.shard_reader import AUDIO_SUFFIXES, MAX_SPAN_BYTES, foreign_row
+from voxtral_dist.shard_reader import AUDIO_SUFFIXES, foreign_row
 from voxtral_dist.shards import sample_from_row
 from voxtral_dist.tar_members import Member, TarDamageError, split_name, walk
 from voxtral_dist.tasks import TASKS
@@ -84,9 +84,6 @@ def read_example(
         limit = MAX_JSON_BYTES if part == "json" else MAX_AUDIO_BYTES
         if parts[part].size > limit:
             raise ValueError(f"{part} member of {parts[part].size} bytes, at most {limit} are accepted")
-    used = [parts[part] for part in wanted]
-    if max(member.end for member in used) - min(member.start for member in used) > MAX_SPAN_BYTES:
-        raise ValueError("its members lie too far apart")
     data = _content(file, parts["json"])
     audio = _content(file, parts["audio"]) if "audio" in wanted else b""
     n_samples = len(decode(audio)) if audio or "audio" in wanted else 0

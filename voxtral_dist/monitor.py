@@ -31,12 +31,25 @@ log = get_logger(__name__)
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 
+_SCORES = {name: f"^eval_{name}/{task.metric}$" for name, task in TASKS.items()}
+_ERROR_RATES = [_SCORES[name] for name, task in TASKS.items() if task.metric == "cer"]
+
 LAYOUT = {
     "tasks": {
-        "loss": [r"^loss/", r"^val_loss/"],
-        "score": [f"^eval_{name}/{task.metric}$" for name, task in TASKS.items()] + [r"^eval/macro$"],
-        "share of examples": [r"^mix/"],
-        "share of target tokens": [r"^target_token_share/"],
+        "loss": [r"^loss/"],
+        "loss on dev rows": [r"^val_loss/"],
+        "score, higher is better": [*sorted(set(_SCORES.values()) - set(_ERROR_RATES)), r"^eval/macro$"],
+        "error rate, lower is better": _ERROR_RATES,
+        "share of the examples so far": [r"^mix/"],
+        "share of a step's target tokens": [r"^target_token_share/"],
+    },
+    "training": {
+        "loss": [r"^train/loss$"],
+        "learning rate": [r"^train/learning_rate$"],
+        "gradient norm": [r"^train/grad_norm$"],
+        "stage, from 0": [r"^train/stage$"],
+        "share of the steps so far that were clipped": [r"^train/clip_share$"],
+        "steps left out": [r"^train/skipped_steps$"],
     },
     "speed": {
         "MFU": [r"^speed/mfu$"],
@@ -52,14 +65,11 @@ LAYOUT = {
         "power, W": [r"^gpu\d+/power_w$"],
         "energy, Wh": [r"^gpu\d+/energy_wh$"],
     },
-    "training": {
-        "loss": [r"^train/loss$"],
-        "learning rate": [r"^train/learning_rate$"],
-        "gradient norm": [r"^train/grad_norm$"],
-        "clipped and skipped": [r"^train/(clip_share|skipped_steps)$"],
-    },
 }
-"""The page "Custom Scalars": charts by group, each of the tags that its patterns match."""
+"""The page "Custom Scalars": charts by group, each of the tags that its patterns match; GPU only where there is one."""
+
+RECORD_ONLY = frozenset({"data/draw_hash"})
+"""Numbers of metrics.jsonl that make no curve."""
 
 
 class NullMonitor:
@@ -193,13 +203,15 @@ class _TensorBoard:
             folder.mkdir(exist_ok=True)
             folder.chmod(0o700)  # event files may hold decoded text
             self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
-            charts = {g: {t: ["Multiline", p] for t, p in c.items()} for g, c in LAYOUT.items()}
+            groups = {g: c for g, c in LAYOUT.items() if g != "GPU" or torch.cuda.is_available()}
+            charts = {g: {t: ["Multiline", p] for t, p in c.items()} for g, c in groups.items()}
             self._writer.add_custom_scalars(charts)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One point per value."""
         for name, value in values.items():
-            self.write("add_scalar", name, value, step)
+            if name not in RECORD_ONLY:
+                self.write("add_scalar", name, value, step)
 
     def write(self, method: str, *arguments: Any, **options: Any) -> None:
         """Call a method of the SummaryWriter."""

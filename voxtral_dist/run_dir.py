@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import platform
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,19 @@ KNOWN = {
 """What the directory of a run or an evaluation may hold; anything else means that it is the user's own."""
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
+
+
+class Preempted(VoxtralDistError):
+    """A signal asked the process to stop and nothing was lost: exit code 75, the same command goes on."""
+
+    exit_code = ExitCode.PREEMPTED
+
+
+class _Stop(BaseException):
+    """Raised where a signal finds the process; no library takes it for an error of its own."""
+
+
 _claims: dict[Path, int] = {}
 """Descriptors of the directories this process writes into; the kernel lets go of them when it dies."""
 
@@ -60,6 +74,24 @@ def claim(run_dir: Path) -> None:
     except OSError:  # a file system without locks
         pass
     _claims[path] = descriptor
+
+
+def moved_away(run_dir: Path) -> str:
+    """What became of a directory that this process keeps, "" when it is where it was or is not kept."""
+    descriptor = _claims.get(run_dir.resolve())
+    if descriptor is None:
+        return ""
+    try:
+        if os.path.samestat(os.fstat(descriptor), os.stat(run_dir)):
+            return ""
+    except FileNotFoundError:
+        pass
+    except OSError:  # whoever writes next says it better
+        return ""
+    return (
+        f"--output_dir {run_dir} was moved or deleted while the run wrote into it; put it back, the same command "
+        "goes on from its last checkpoint"
+    )
 
 
 def check_output_dir(run_dir: Path) -> None:
@@ -174,12 +206,15 @@ def changed_environment(run_dir: Path, now: Mapping[str, Any]) -> str:
 def exit_status(output_dir: str, active: bool) -> Iterator[None]:
     """Claim the run directory, and leave in ``exit_status.json`` how the block ended: launchers change exit codes.
 
+    SIGTERM, SIGUSR2 or SIGHUP end the block wherever it is, unless the block handles them itself.
+
     Args:
         output_dir: the run directory.
         active: whether this process writes; rank 0 does.
 
     Raises:
         UserError: the directory is not one of ours, or another process writes into it; it is left as it is.
+        Preempted: a signal ended the block.
     """
     run_dir = Path(output_dir)
     check_output_dir(run_dir)
@@ -189,7 +224,8 @@ def exit_status(output_dir: str, active: bool) -> Iterator[None]:
         path.unlink(missing_ok=True)
     code, message = ExitCode.FAILURE, "unexpected error, see the log"
     try:
-        yield
+        with _ended_by_signals():
+            yield
         code, message = ExitCode.OK, "done"
     except VoxtralDistError as error:
         code, message = error.exit_code, str(error)
@@ -197,6 +233,26 @@ def exit_status(output_dir: str, active: bool) -> Iterator[None]:
     finally:
         if active and run_dir.is_dir():
             write_json(path, {"exit_code": int(code), "message": message})
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Make the first signal :class:`Preempted`; later ones are ignored, they would only disturb the ending."""
+
+    def stop(number: int, frame: Any) -> None:
+        for each in STOP_SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        raise _Stop
+
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        yield
+    except _Stop:
+        raise Preempted("stopped by a signal before it was done; start the same command again") from None
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is stop:
+                signal.signal(number, handler)
 
 
 def end_stalled(run_dir: Path, message: str) -> None:

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from voxtral_dist.audio_file import SAMPLE_RATE
 from voxtral_dist.errors import BadSamplesError, UserError
 from voxtral_dist.shard_format import KEY_PATTERN, MAX_AUDIO_BYTES, MAX_JSON_BYTES, read_columns
-from voxtral_dist.tar_members import BLOCK_BYTES, parse_header, split_name
+from voxtral_dist.tar_members import BLOCK_BYTES, parse_name, split_name
 from voxtral_dist.tasks import TASKS
 
-MAX_SPAN_BYTES = MAX_JSON_BYTES + MAX_AUDIO_BYTES
+_MAX_BYTES = {"json": MAX_JSON_BYTES, "audio": MAX_AUDIO_BYTES}
 AUDIO_SUFFIXES = frozenset(("flac", "wav", "mp3", "ogg", "opus"))
 """Extensions of the audio members of foreign tars."""
 
@@ -87,47 +87,38 @@ class Reader:
     def example(self, at: int, with_audio: bool) -> Record:
         """Example number ``at`` of the shard, checked against the index."""
         entry = {name: int(values[at]) for name, values in self.columns.items()}
-        label = f"example {at}"
-        parts = ["json", "audio"] if with_audio and entry["audio_size"] > 0 else ["json"]
-        start, span = self._span(entry, parts, label)
-        key, data = self._member(entry, "json", start, span, label)
+        key, data = self._member(entry, "json", f"example {at}")
         if zlib.crc32(data) != entry["json_crc32"]:
             raise CorruptSampleError(self.name, key, "the checksum of its JSON does not match")
         row = json.loads(data)
         if self._foreign_task:
             row = foreign_row(row, self._foreign_task, key, self.name, entry["n_samples"])
-        if len(parts) == 1:
+        if not with_audio or entry["audio_size"] == 0:
             return Record(key, row, None)
-        audio_key, audio = self._member(entry, "audio", start, span, key)
+        audio_key, audio = self._member(entry, "audio", key)
         if audio_key != key or zlib.crc32(audio, entry["json_crc32"]) != entry["crc32"]:
             raise CorruptSampleError(self.name, key, "the checksum of its audio does not match")
         return Record(key, row, audio)
 
-    def _span(self, entry: Mapping[str, int], parts: list[str], label: str) -> tuple[int, bytes]:
-        """Offset and bytes from the first header to the end of the last content of these members."""
-        start = min(entry[f"{part}_offset"] - _header_bytes(entry, part) for part in parts)
-        size = max(entry[f"{part}_offset"] + entry[f"{part}_size"] for part in parts) - start
-        if start < 0 or not BLOCK_BYTES <= size <= MAX_SPAN_BYTES:
-            raise CorruptSampleError(self.name, label, f"{size} bytes at {start} are outside the limits")
-        return start, os.pread(self.descriptor, size, start)
-
-    def _member(
-        self, entry: Mapping[str, int], part: str, start: int, span: bytes, label: str
-    ) -> tuple[str, bytes]:
-        """Key and content of the ``json`` or ``audio`` member of an example, within the bytes read for it."""
-        at, size = entry[f"{part}_offset"] - start, entry[f"{part}_size"]
+    def _member(self, entry: Mapping[str, int], part: str, label: str) -> tuple[str, bytes]:
+        """Key and content of the ``json`` or ``audio`` member of an example."""
+        at, size = entry[f"{part}_offset"], entry[f"{part}_size"]
+        header_bytes = entry.get(f"{part}_header", BLOCK_BYTES)  # foreign ones may have more than one block
+        if at < header_bytes or not size <= _MAX_BYTES[part]:
+            raise CorruptSampleError(self.name, label, f"{size} bytes at {at} are outside the limits")
         try:
-            header = parse_header(span[at - _header_bytes(entry, part) : at])
+            name, announced = parse_name(os.pread(self.descriptor, header_bytes, at - header_bytes))
         except ValueError:
             raise CorruptSampleError(self.name, label, "no tar header where the index points") from None
-        key = self.key_of(header.name, part) if header.isreg() else None
+        key = self.key_of(name, part) if name else None
         if key is None:
             raise CorruptSampleError(
-                self.name, label, f"member {header.name!r} stands where the {part} of an example belongs"
+                self.name, label, f"member {name!r} stands where the {part} of an example belongs"
             )
-        if header.size != size or len(span) < at + size:
+        data = os.pread(self.descriptor, size, at)
+        if announced != size or len(data) != size:
             raise CorruptSampleError(self.name, key, f"the size of its {part} member does not match")
-        return key, span[at : at + size]
+        return key, data
 
     def key_of(self, name: str, part: str) -> str | None:
         """Key of the ``json`` or ``audio`` member called ``name``; None when such a member has another name."""
@@ -135,11 +126,6 @@ class Reader:
         if self._foreign_task:
             return key if suffix in (("json",) if part == "json" else AUDIO_SUFFIXES) else None
         return key if KEY_PATTERN.fullmatch(key) and name == f"{key}.{_OWN_SUFFIX[part]}" else None
-
-
-def _header_bytes(entry: Mapping[str, int], part: str) -> int:
-    """Bytes of header before a content; foreign tars have members with more than one block of it."""
-    return entry.get(f"{part}_header", BLOCK_BYTES)
 
 
 def verified_index(tar: Path, sha256: str) -> dict[str, NDArray[Any]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from bisect import bisect_right
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property, lru_cache
@@ -69,9 +70,11 @@ class ShardSet:
         self.shard_bytes = [int(shard["bytes"]) for shard in shards]
         self.bytes = sum(self.shard_bytes)
         self.shard_names = [str(shard["name"]) for shard in shards]
+        self._tars = [folder / name for name in self.shard_names]
         self.shard_sha256 = [str(shard["sha256"]) for shard in shards]
         self.shard_sizes = np.array([shard["examples"] for shard in shards], dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        self._starts: list[int] = self.starts.tolist()
         self._index_sha256 = [str(shard["index_sha256"]) for shard in shards]
 
     @classmethod
@@ -152,8 +155,8 @@ class ShardSet:
     def _example(self, index: int, with_audio: bool) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.folder} has {len(self)} examples, there is no number {index}")
-        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.reader(shard).example(index - int(self.starts[shard]), with_audio)
+        shard = bisect_right(self._starts, index) - 1
+        return self.reader(shard).example(index - self._starts[shard], with_audio)
 
     def reader(self, shard: int) -> Reader:
         """The open shard number ``shard``, fetched first where it has to be.
@@ -162,15 +165,12 @@ class ShardSet:
             UserError: its index is damaged.
             VoxtralDistError: it cannot be fetched.
         """
-        name, sha256, index_sha256 = (
-            self.shard_names[shard],
-            self.shard_sha256[shard],
-            self._index_sha256[shard],
-        )
+        sha256, index_sha256 = self.shard_sha256[shard], self._index_sha256[shard]
         task = self.task if self.foreign else ""
         if self._copy is None:
-            return _reader(self.folder / name, sha256, index_sha256, task)
-        reader = _copy_reader(self._copy, name, self.shard_bytes[shard], sha256, index_sha256, task)
+            return _reader(self._tars[shard], sha256, index_sha256, task)
+        size = self.shard_bytes[shard]
+        reader = _copy_reader(self._copy, self.shard_names[shard], size, sha256, index_sha256, task)
         self._copy.cache.used(sha256)
         return reader
 

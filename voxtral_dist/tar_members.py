@@ -95,6 +95,22 @@ def parse_header(blocks: bytes) -> tarfile.TarInfo:
     return found
 
 
+def parse_name(blocks: bytes) -> tuple[str, int]:
+    """Name and content size of the regular file that these header blocks announce; no name for another member.
+
+    A single plain block, as nearly all are, is read without :mod:`tarfile`, which takes several times as long.
+
+    Raises:
+        ValueError: they are not the header of one member.
+    """
+    if len(blocks) == BLOCK_BYTES and blocks[156:157] == b"0" and blocks[345:346] == b"\0":
+        checksum = sum(blocks) - sum(blocks[148:156]) + 8 * ord(" ")
+        if checksum == int(blocks[148:156].rstrip(b" \0"), 8):
+            return blocks[:100].rstrip(b"\0").decode(), int(blocks[124:136].rstrip(b" \0"), 8)
+    found = parse_header(blocks)
+    return (found.name if found.isreg() else ""), found.size
+
+
 def split_name(name: str) -> tuple[str, str] | None:
     """Key and extension, in lower case, of a member's name as webdataset sees them; None for one it skips.
 

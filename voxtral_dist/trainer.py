@@ -20,9 +20,10 @@ from voxtral_dist.config import TrainConfig
 from voxtral_dist.data import TrainData
 from voxtral_dist.early_stopping import EarlyStopping, score_of
 from voxtral_dist.engine import Share, TrainEngine
-from voxtral_dist.errors import ExitCode, VoxtralDistError
+from voxtral_dist.errors import VoxtralDistError
 from voxtral_dist.logger import get_logger
 from voxtral_dist.monitor import NullMonitor
+from voxtral_dist.run_dir import Preempted, moved_away
 from voxtral_dist.saver import Saver
 from voxtral_dist.schedule import Schedule
 from voxtral_dist.step_loader import StepLoader
@@ -34,12 +35,6 @@ MAX_ROLLBACKS = 3
 """How often the spike guard goes back in a run; it only warns after that."""
 
 log = get_logger(__name__)
-
-
-class Preempted(VoxtralDistError):
-    """A signal asked the run to stop, and a whole checkpoint was written: exit code 75, the same command goes on."""
-
-    exit_code = ExitCode.PREEMPTED
 
 
 Evaluate = Callable[[int], dict[str, Any] | None]
@@ -96,7 +91,8 @@ class Trainer:
             Preempted: SIGTERM, SIGUSR2, SIGINT or SIGHUP reached any rank; a checkpoint was written.
             NonFiniteError: too many steps in a row were skipped.
             BadSamplesError: too many examples could not be read.
-            VoxtralDistError: a checkpoint could not be written, or an example does not fit into memory.
+            VoxtralDistError: a checkpoint could not be written, the run directory is gone, or an example does not fit
+                into memory.
         """
         self._catch_signals()
         if self._evaluation_due():  # before training, or left undone by a run that died
@@ -190,6 +186,7 @@ class Trainer:
     def _evaluate(self) -> None:
         """Decode the dev data; ``best`` then names the checkpoint with the best score."""
         step = self.state.step
+        self._check_run_dir()
         metrics = self.evaluate(step)
         self.metrics.restart_clock()
         score = distributed.broadcast_json(metrics and score_of(metrics, self.config.best_metric))
@@ -226,7 +223,14 @@ class Trainer:
         self._save()
         return True
 
+    def _check_run_dir(self) -> None:
+        """Whatever is written into a directory that is gone would begin a second one. Collective."""
+        fault = distributed.broadcast_json(moved_away(self.run_dir))
+        if fault:
+            raise VoxtralDistError(fault)
+
     def _save(self) -> None:
+        self._check_run_dir()
         self.saver.save(self.state.step, self.engine, asdict(self.state) | {"plan": self.data.history})
 
     def _catch_signals(self) -> None:

@@ -68,7 +68,11 @@ def test_the_kernel_frees_the_directory_of_a_killed_job(
     running.send_signal(signal.SIGKILL)
     running.wait()
     freed = train(tmp_path)
-    assert freed.returncode == 2 and "another process" not in freed.stderr and str(tmp_path / "none") in freed.stderr
+    assert (
+        freed.returncode == 2
+        and "another process" not in freed.stderr
+        and str(tmp_path / "none") in freed.stderr
+    )
 
 
 @pytest.mark.parametrize("number", run_dir.STOP_SIGNALS)

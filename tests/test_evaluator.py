@@ -255,7 +255,7 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for path in (folder / "adapter").iterdir()
     }
-    (folder / "manifest.json").write_text(json.dumps({"files": entries}))
+    (folder / "manifest.json").write_text(json.dumps({"step": 4, "files": entries}))
     for name, text in (
         ("best", folder.name),
         ("identity.json", "{}"),

@@ -6,6 +6,7 @@ Real jobs under real launchers: exit codes, whole checkpoints, nobody left behin
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import sys
@@ -18,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_plan_batches import plan_batches
-from test_train_run import Demo, Process, demo, log_of, read, started, steps
+from test_train_run import Demo, Process, demo, read, steps
 from test_watchdog import environ, pids, until
 
 from voxtral_dist import checkpoint
@@ -36,7 +37,12 @@ class Job:
     def __init__(self, folder: Path, launcher: str, flags: list[str], **more: str) -> None:
         count = len(list(folder.glob("job.*.err")))
         self.mark = f"TEST_JOB={folder}/{count}"
-        about = {"PYTHON": sys.executable, "NPROC": "2", "LAUNCHER": launcher, "TEST_JOB": f"{folder}/{count}"}
+        about = {
+            "PYTHON": sys.executable,
+            "NPROC": "2",
+            "LAUNCHER": launcher,
+            "TEST_JOB": f"{folder}/{count}",
+        }
         command = ["bash", "launch/run_ranks.sh", "launch/train.py", *flags]
         self.process = Process(command, folder / f"job.{count}", **{**about, **more})
 
@@ -103,7 +109,8 @@ def test_a_signal_in_training(
     message = f"stopped by a signal after step {done} of {STEPS}; the same command goes on from here"
     assert read(run / "exit_status.json") == {"exit_code": 75, "message": message}
     workers = "return code = 75" if launcher == "deepspeed" else "exitcode  : 75"
-    assert workers in job.text and "-15" not in job.text and "Traceback (most recent" not in job.text
+    assert workers in job.text and "-15" not in job.text, "exit code of a worker"
+    assert job.text.count("Traceback (most recent") == (launcher == "torchrun"), "torchrun shows its own"
 
     job = start(launcher, flags)
     assert job.code() == 0, job.text
@@ -125,7 +132,7 @@ def test_a_signal_in_an_evaluation(start: Start, demo: Demo, tmp_path: Path) -> 
 def starting(job: Job, what: str) -> Callable[[], bool]:
     """Moments of a start."""
     moments = {
-        "launcher": lambda: bool(pids(job.mark)),
+        "launcher": lambda: any("VOXTRAL_DIST_JOB" in environ(pid) for pid in pids(job.mark)),
         "ranks": lambda: bool(job.ranks()),
         "plan": lambda: " draws" in job.text,
     }
@@ -140,9 +147,7 @@ def starting(job: Job, what: str) -> Callable[[], bool]:
         pytest.param("deepspeed", "launcher", marks=slow),
     ],
 )  # fmt: skip
-def test_a_signal_while_it_starts(
-    start: Start, demo: Demo, tmp_path: Path, launcher: str, what: str
-) -> None:
+def test_a_signal_while_it_starts(start: Start, demo: Demo, tmp_path: Path, launcher: str, what: str) -> None:
     run = tmp_path / "run"
     job = start(launcher, demo.flags(run))
     assert job.send(TERM, starting(job, what)) == 75, job.text
@@ -150,10 +155,12 @@ def test_a_signal_while_it_starts(
     if what == "plan":
         message = "stopped by a signal before it was done; start the same command again"
         assert read(run / "exit_status.json") == {"exit_code": 75, "message": message}
-        assert job.text.count(f"error: {message}") == 1 and "Traceback (most recent" not in job.text
+        assert job.text.count(f"error: {message}") == 1
+        assert job.text.count("Traceback (most recent") == (launcher == "torchrun"), "torchrun shows its own"
 
 
 @slow
+@pytest.mark.timeout(600)
 def test_two_ranks_one_rank_two_ranks(start: Start, demo: Demo, tmp_path: Path) -> None:
     """Each stop by SIGTERM: every draw is computed exactly once, the adapter is that of the undisturbed run."""
     names = ("whole", "changed")
@@ -201,3 +208,18 @@ def test_a_run_directory_that_vanishes_ends_the_run(start: Start, demo: Demo, tm
     assert job.code() == 1, job.text
     assert f"error: --output_dir {run} was moved or deleted while the run wrote into it" in job.text
     assert not run.exists() and checkpoint.newest_whole(away) is not None
+
+
+@slow
+def test_a_rank_out_of_memory_ends_the_job(start: Start, demo: Demo, tmp_path: Path) -> None:
+    """Its address space is limited from outside; the log says memory, the last line which rank."""
+    run = tmp_path / "run"
+    flags = demo.flags(run, "--max_steps", "200", "--eval_steps", "0", "--save_steps", "2")
+    job = start("deepspeed", flags, SHUTDOWN_GRACE="5")
+    until(lambda: len(steps(run)) >= 3 or job.process.process.poll() is not None, 120)
+    victim = next(pid for pid in job.ranks() if environ(pid)["RANK"] == "1")
+    used = int(Path(f"/proc/{victim}/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.prlimit(victim, resource.RLIMIT_AS, (used - 2**30, used))
+    assert job.code() == 1, job.text
+    assert "memory" in job.text and f"pid {victim}) died or lost its connection in" in job.text
+    assert checkpoint.newest_whole(run) is not None

@@ -39,16 +39,17 @@ class CutShare:
 
 
 def out_of_memory(engine: TrainEngine, most: int, where: str) -> Callable[[], None]:
-    """Let micro-batches of more than ``most`` examples fail in the forward or the backward pass; undo it by calling."""
-    seen = {"samples": 0}
+    """Let micro-batches but the first of more than ``most`` examples fail in a pass; undo it by calling the result."""
+    seen = {"samples": 0, "batches": 0}
 
     def forward(module: Any, args: tuple[MicroBatch]) -> None:
         seen["samples"] = args[0].samples
+        seen["batches"] += 1
         if where == "forward":
             fail()
 
     def fail(gradient: torch.Tensor | None = None) -> None:
-        if seen["samples"] > most:
+        if seen["samples"] > most and seen["batches"] > 1:  # there is a gradient already
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     handles = [engine.model.register_forward_pre_hook(forward)]
@@ -61,7 +62,7 @@ def step_of(rank: int, model_dir: str, most: int | None, where: str) -> tuple[di
     collator = make_collator(model_dir)
     engine = TrainEngine(make_training(model_dir), EngineSettings(max_grad_norm=1.0))
     examples = [make_step(collator)[number] for number in RANKS[rank]]
-    share = CutShare(collator, examples, Caps(4, 10_000, overhead=10_000))
+    share = CutShare(collator, examples, Caps(2, 10_000, overhead=10_000))
     undo = out_of_memory(engine, most, where) if most is not None and rank == 0 else lambda: None
     first = engine.train_step(share, 1e-3)
     undo()

@@ -17,14 +17,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from harness import load_script
 
 from voxtral_dist import shard_cache, shard_source
+from voxtral_dist.audio import AudioSpec
+from voxtral_dist.collator import Collator
+from voxtral_dist.data import TrainData, TrainSettings
 from voxtral_dist.errors import UserError, VoxtralDistError
 from voxtral_dist.packing import pack
 from voxtral_dist.plan import SHARD_BLOCK
 from voxtral_dist.shard_cache import GB, ShardCache, ShardReadAhead
 from voxtral_dist.shards import ShardSet, _copy_reader
+from voxtral_dist.step_loader import StepLoader
+from voxtral_dist.task_data import open_tasks
+from voxtral_dist.tokenizer import TekkenVocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 MISSING = [tool for tool in ("curl", "openssl") if shutil.which(tool) is None]
@@ -401,6 +410,33 @@ def test_token_counts_come_along_where_there_are_any(server: Server, tmp_path: P
     assert server.requests.total() == asked
     shards.fetch_counts("none")
     assert server.requests.total() < asked + SHARDS and not list(shards.folder.glob("*none*"))
+
+
+@needs_server
+def test_training_data_through_the_cache_is_the_same(server: Server, packed: Path, tmp_path: Path) -> None:
+    """The first process of the machine counts tokens, another one waits for it; both read what lies at the source."""
+    model = tmp_path / "model"
+    load_script("tools/build_tiny_voxtral.py").build(model)
+    collator = Collator(TekkenVocabulary.load(str(model)), AudioSpec(128, 200, 25))
+    cache = cache_of(tmp_path)
+    near = TrainData(open_tasks([packed], collator), collator, TrainSettings(4, 4, 512))
+    far = TrainData(open_tasks([server.url], collator, (0, 1), cache), collator, TrainSettings(4, 4, 512))
+    other = TrainData(open_tasks([server.url], collator, None, cache), collator, TrainSettings(4, 4, 512))
+    shards = ShardSet.open(packed)
+    for number in (0, SHARDS - 1):
+        ids = np.array([shards.starts[number], shards.starts[number + 1] - 1])
+        assert [shard for _, shard in far.tasks[0].shards_of(ids)] == [number]
+    assert far.identity() == near.identity() and far.plan.digest(0, 8) == near.plan.digest(0, 8)
+    batches = [
+        [batch for _, share in StepLoader(data, 0, 1).steps(0) for batch in share]
+        for data in (near, far, other)
+    ]
+    assert len(batches[0]) == len(batches[1]) == len(batches[2]) > 1
+    for one, *others in zip(*batches, strict=True):
+        for another in others:
+            assert one.keys == another.keys and torch.equal(one.input_ids, another.input_ids)
+            assert one.audio is None or torch.equal(one.audio, another.audio)
+    assert all(server.requests[Path(name).name] == 1 for name in shards.shard_names)
 
 
 def wait_until(done: Callable[[], bool]) -> None:

@@ -134,6 +134,8 @@ def test_the_spike_guard_goes_back_and_past(demo: Demo, tmp_path: Path) -> None:
     assert "is a spike; going back to step-00000012 and past the steps since then" in process.text
     state = read(checkpoint.step_dir(run, 18) / "trainer_state.json")
     assert (state["left_out"], state["step"], state["adam_step"]) == ([[12, 14]], 18, 16)
+    spike = next(line["train/loss"] for line in steps(run) if line["step"] == 14)
+    assert spike > 2 * max(state["recent_losses"][3:]), "later losses were compared with the spike"
     assert state["samples_seen"] == 16 * 12 and state["draws_consumed"] == 18 * 12
     at_12, at_14 = (checkpoint.step_dir(run, step) for step in (12, 14))
     weights = [load_file(path / "adapter/adapter_model.safetensors") for path in (at_12, at_14)]

@@ -2,8 +2,8 @@
 
 All arms read the same 5-s FLAC clips and end in the same collator, in batches of 8 on one core. All but one compute the
 log-mel with our code; that one does as the usual script does, with transformers' extractor. Ours reads in the plan's
-random order, the others in their own order from front to back. Rounds alternate between the arms after a warm-up, and the
-median of the rounds' ratios counts: a busy machine slows all alike.
+random order, the others in their own order from front to back. Rounds alternate between the arms after a warm-up, and
+the median of the rounds' ratios counts: a busy machine slows all alike.
 """
 
 from __future__ import annotations

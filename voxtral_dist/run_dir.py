@@ -237,7 +237,11 @@ def exit_status(output_dir: str, active: bool) -> Iterator[None]:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Make the first signal :class:`Preempted`; later ones are ignored, they would only disturb the ending."""
+    """Make the first signal :class:`Preempted`; later ones are ignored, they would only disturb the ending.
+
+    So are all after a block that handled signals itself: launchers send SIGTERM to the ranks that end last, and it
+    would become their exit code.
+    """
 
     def stop(number: int, frame: Any) -> None:
         for each in STOP_SIGNALS:
@@ -251,8 +255,7 @@ def _ended_by_signals() -> Iterator[None]:
         raise Preempted("stopped by a signal before it was done; start the same command again") from None
     finally:
         for number, handler in before.items():
-            if signal.getsignal(number) is stop:
-                signal.signal(number, handler)
+            signal.signal(number, handler if signal.getsignal(number) is stop else signal.SIG_IGN)
 
 
 def end_stalled(run_dir: Path, message: str) -> None:

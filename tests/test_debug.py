@@ -36,8 +36,10 @@ def norms(text: str) -> tuple[list[float], list[dict[str, float]]]:
 
 def test_debug_shows_batches_gradients_and_memory(demo: Demo, tmp_path: Path) -> None:
     run = tmp_path / "run"
+    run.mkdir()
+    (run / "exit_status.json").write_text("of the run that is there")
     text = alone(demo.flags(run, "--debug"), run).text
-    assert not run.exists(), "nothing is written"
+    assert [path.read_text() for path in run.iterdir()] == ["of the run that is there"], "nothing is written"
     assert re.findall(r"^step (\d): 6 examples on 1 rank", text, re.M) == ["1", "2", "3"]
     for name, kind, axes in (
         ("input_ids", "int64", 2),

@@ -198,11 +198,14 @@ def test_a_port_that_is_taken_is_told_at_once(start: Start, demo: Demo, tmp_path
     assert job.text == message
 
 
-def test_a_run_directory_that_vanishes_ends_the_run(start: Start, demo: Demo, tmp_path: Path) -> None:
-    """And no second one grows in its place. Put back, the same command goes on."""
+@pytest.mark.parametrize("launcher", ["python", pytest.param("deepspeed", marks=slow)])
+def test_a_run_directory_that_vanishes_ends_the_run(
+    start: Start, demo: Demo, tmp_path: Path, launcher: str
+) -> None:
+    """And no second one grows in its place."""
     run, away = tmp_path / "run", tmp_path / "away"
     flags = demo.flags(run, "--max_steps", str(STEPS), "--eval_steps", "0", "--save_steps", "4")
-    job = start("deepspeed", flags)
+    job = start(launcher, flags)
     until(lambda: len(steps(run)) >= 5 or job.process.process.poll() is not None, 120)
     run.rename(away)
     assert job.code() == 1, job.text

@@ -165,6 +165,7 @@ def test_tensorboard_is_a_copy_of_the_record(by_deepspeed: Path) -> None:
         points = [(event.step, event.value) for event in events.Scalars(name)]
         assert points == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in steps(by_deepspeed)]
     assert [event.step for event in events.Scalars("eval/macro")] == [0, 4, STEPS]
+    assert "data/draw_hash" in steps(by_deepspeed)[0] and "data/draw_hash" not in events.Tags()["scalars"]
     assert any("previews" in name for name in events.Tags()["tensors"])
 
 

@@ -10,6 +10,8 @@ import os
 import sys
 import warnings
 
+from tqdm import tqdm
+
 ROOT = "voxtral_dist"
 """Every logger of the package is a child of this one."""
 
@@ -30,6 +32,14 @@ class _RankFormatter(logging.Formatter):
         return super().format(record)
 
 
+class _BesideBars(logging.StreamHandler):
+    """Writes a line above a progress bar, which would otherwise stand on the same line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=self.stream)
+        self.flush()
+
+
 def setup_logging(rank: int, debug: bool = False) -> None:
     """Send the package's messages to stderr and quiet the libraries; a second call replaces the first.
 
@@ -37,7 +47,7 @@ def setup_logging(rank: int, debug: bool = False) -> None:
         rank: of this process. Rank 0 shows information and above, the others warnings and above.
         debug: every rank shows everything, and the libraries are left as they are.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _BesideBars(sys.stderr)
     handler.setFormatter(_RankFormatter(rank))
     root = logging.getLogger(ROOT)
     root.handlers = [handler]

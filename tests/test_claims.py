@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from harness import ROOT
-from test_train_run import environment
+from runs import environment
 
 from voxtral_dist import run_dir
 

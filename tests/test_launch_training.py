@@ -17,14 +17,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import Demo, Process, read, steps
 from safetensors.torch import load_file
 from test_plan_batches import plan_batches
-from test_train_run import Demo, Process, demo, read, steps
 from test_watchdog import environ, pids, until
 
 from voxtral_dist import checkpoint
-
-__all__ = ["demo"]  # a fixture of the other file
 
 slow = pytest.mark.slow
 STEPS = 30

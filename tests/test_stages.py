@@ -15,13 +15,8 @@ from voxtral_dist.schedule import Schedule
 from voxtral_dist.stages import Stage, parse_stages
 
 TASKS = ["asr", "sqa", "tqa"]
+ROOT = Path(__file__).resolve().parents[1]
 SHORT = "text:0.2:tqa=1; listen:0.3:asr=2,tqa=1; all:0.5:1.0,1.5,1.2"
-YAML = """
-stages:
-  - {name: text, share: 0.2, task_weights: tqa=1}
-  - {name: listen, share: 0.3, task_weights: "asr=2,tqa=1"}
-  - {name: all, share: 0.5, task_weights: "1.0,1.5,1.2"}
-"""
 
 
 def sources() -> list[TaskSource]:
@@ -35,15 +30,14 @@ def plan_of(plan_settings: PlanSettings) -> GlobalPlan:
     return GlobalPlan(streams, tuple(segments), 0, total)
 
 
-def test_file_and_flag_say_the_same(tmp_path: Path) -> None:
-    (tmp_path / "stages.yaml").write_text(YAML)
+def test_file_and_flag_say_the_same() -> None:
     expected = (
         Stage("text", Fraction(1, 5), (0, 0, 1)),
         Stage("listen", Fraction(1, 2), (2, 0, 1)),
         Stage("all", Fraction(1), (10, 15, 12)),
     )
     assert parse_stages(SHORT, TASKS, ()) == expected
-    assert parse_stages(str(tmp_path / "stages.yaml"), TASKS, ()) == expected
+    assert parse_stages(str(ROOT / "launch/stages.example.yaml"), TASKS, ()) == expected
     assert parse_stages("", TASKS, (1, 2, 3)) == (Stage("", Fraction(1), (1, 2, 3)),)
 
 

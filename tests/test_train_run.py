@@ -21,7 +21,6 @@ from runs import (
     Demo,
     Process,
     alone,
-    environment,  # noqa: F401 (for files that import it from here)
     last,
     launch,
     lines,
@@ -37,8 +36,6 @@ from runs import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from voxtral_dist import checkpoint
-
-demo = None  # for files that import the name from here; the fixture is that of conftest.py
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,12 @@ class NonFiniteError(VoxtralDistError):
     exit_code = ExitCode.NON_FINITE
 
 
+class Preempted(VoxtralDistError):
+    """A signal asked the process to stop and nothing was lost: exit code 75, the same command goes on."""
+
+    exit_code = ExitCode.PREEMPTED
+
+
 def run_main(main: Callable[[], None], speak: bool = True) -> None:
     """Run ``main`` and leave the process: an error of ours becomes one line on stderr and its exit code.
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from voxtral_dist.atomic import write_bytes, write_json
-from voxtral_dist.errors import ExitCode, UserError, VoxtralDistError
+from voxtral_dist.errors import ExitCode, Preempted, UserError, VoxtralDistError
 
 IDENTITY = "identity.json"
 EXIT_STATUS = "exit_status.json"
@@ -38,12 +38,6 @@ KNOWN = {
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
-
-
-class Preempted(VoxtralDistError):
-    """A signal asked the process to stop and nothing was lost: exit code 75, the same command goes on."""
-
-    exit_code = ExitCode.PREEMPTED
 
 
 class _Stop(BaseException):

@@ -20,10 +20,10 @@ from voxtral_dist.config import TrainConfig
 from voxtral_dist.data import TrainData
 from voxtral_dist.early_stopping import EarlyStopping, score_of
 from voxtral_dist.engine import Share, TrainEngine
-from voxtral_dist.errors import VoxtralDistError
+from voxtral_dist.errors import Preempted, VoxtralDistError
 from voxtral_dist.logger import get_logger
 from voxtral_dist.monitor import NullMonitor
-from voxtral_dist.run_dir import Preempted, moved_away
+from voxtral_dist.run_dir import moved_away
 from voxtral_dist.saver import Saver
 from voxtral_dist.schedule import Schedule
 from voxtral_dist.step_loader import StepLoader

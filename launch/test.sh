@@ -21,11 +21,12 @@ trap 'rm -rf "$TORCH_EXTENSIONS_DIR"' EXIT
 unset DS_ACCELERATOR
 nvidia-smi -L >/dev/null 2>&1 || export DS_ACCELERATOR=cpu
 
-failed=0
+failed=0 parallel=()
 if [ "${#arguments[@]}" -eq 0 ]; then
+    parallel=(-n auto --maxprocesses 4 --dist loadfile) # a process per core; the tests of a file share their runs
     "$PYTHON" -m ruff check . || failed=1
     "$PYTHON" -m ruff format --check . || failed=1
     "$PYTHON" -m mypy || failed=1
 fi
-"$PYTHON" -m pytest "${tier[@]}" "${arguments[@]}" || failed=1
+"$PYTHON" -m pytest "${tier[@]}" "${parallel[@]}" "${arguments[@]}" || failed=1
 exit "$failed"

@@ -16,6 +16,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 from harness import load_script
 from runs import Demo, compose
 
+LONGEST = (
+    "test_faults test_train_run test_stage_runs test_plan_batches test_launch_training test_watchdog".split()
+)
+"""Files that take the longest; begun first, so that no process of the tests is left with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest files first."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:

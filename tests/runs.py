@@ -101,7 +101,7 @@ def started(processes: list[Process]) -> Iterator[list[Process]]:
 
 def log_of(out: Path) -> Path:
     """A new name for logs beside a run directory."""
-    return out.parent / f"{out.name}.{len(list(out.parent.glob('*.err')))}"
+    return out.parent / f"{out.name}-{len(list(out.parent.glob('*.err')))}"
 
 
 def alone(flags: list[str], out: Path, script: str = "train", code: int = 0) -> Process:
@@ -111,15 +111,18 @@ def alone(flags: list[str], out: Path, script: str = "train", code: int = 0) -> 
         return process
 
 
-def launch(launcher: str, flags: list[str], out: Path) -> list[Process]:
+def launch(
+    launcher: str, flags: list[str], out: Path, script: str = "launch/train.py", **environ: str
+) -> list[Process]:
     """Start two ranks under deepspeed or torchrun, or as slurm would."""
     if launcher == "slurm":
         common = {"SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        command = [sys.executable, "launch/train.py", *flags]
+        command = [sys.executable, script, *flags]
         ids = [{"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
-        return [Process(command, log_of(out), **common, **rank) for rank in ids]
-    command = ["bash", "launch/run_ranks.sh", "launch/train.py", *flags]
-    return [Process(command, log_of(out), PYTHON=sys.executable, NPROC="2", LAUNCHER=launcher)]
+        return [Process(command, log_of(out), **common, **rank, **environ) for rank in ids]
+    command = ["bash", "launch/run_ranks.sh", script, *flags]
+    about = {"PYTHON": sys.executable, "NPROC": "2", "LAUNCHER": launcher}
+    return [Process(command, log_of(out), **about, **environ)]
 
 
 def two_ranks(launcher: str, flags: list[str], out: Path) -> Path:

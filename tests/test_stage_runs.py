@@ -112,6 +112,7 @@ def test_early_stopping_counts_in_the_last_stage_only(demo: Demo, tmp_path: Path
     assert "stopping early" in alone(flags, run).text and (run / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_best_follows_the_named_score(demo: Demo, tmp_path: Path) -> None:
     run = tmp_path / "run"
     alone(demo.flags(run, "--best_metric", "asr.cer", "--eval_steps", "2"), run)

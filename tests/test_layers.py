@@ -19,7 +19,7 @@ LAYERS = {
     "2 data": "tar_members shard_format shard_reader shard_source shard_cache shards foreign_tar foreign verify_tar "
     "verify data_stats jsonl jsonl_check pack_plan packing audio_file audio tokenizer lengths "
     "mix stages plan plan_history schedule shares audit micro_batches collator task_data data step_loader eval_data",
-    "2 model": "ds_config model full_tuning adapter step_sums health train_state step_metrics engine "
+    "2 model": "packed_attention ds_config model full_tuning adapter step_sums health train_state step_metrics engine "
     "optimizer_state checkpoint saver monitor gpu_meter decode run_dir resume",
     "3 work": "trainer validation_loss evaluator report prepare",
     "4 runs": "dry_run debug_run training_run evaluation_run",

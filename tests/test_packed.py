@@ -1,12 +1,52 @@
 """Packed rows and padded rows give the same losses and gradients, whatever stands together in a row."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_gradient import build, make_examples
 
+from voxtral_dist import packed_attention
 from voxtral_dist.batch import MicroBatch
+from voxtral_dist.packed_attention import kernel_error, kernel_is_right
+
+
+def test_the_kernel_sees_what_the_mask_sees(tiny_model: Path) -> None:
+    """On a CPU the kernel has no backward pass, so losses are compared; where there is CUDA a run compares both."""
+    training, collator = build(str(tiny_model))
+    examples = make_examples(collator.spec)
+    packed = collator.train_batch(examples, 0, packed=True)
+    with torch.no_grad():
+        expected = training(packed)
+        training.packed_kernel = True
+        got = training(packed)
+        padded = training(collator.train_batch(examples, 0))
+    torch.testing.assert_close(got.task_nll, expected.task_nll, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(padded.task_nll, expected.task_nll, rtol=1e-5, atol=1e-6)
+    assert training.voxtral.model.language_model.config._attn_implementation != "flex_attention"
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (32, 8)])
+def test_the_check_before_a_run(heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SimpleNamespace(
+        num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=64, hidden_size=0
+    )
+    cpu = torch.device("cpu")
+    assert kernel_error(cpu, config, torch.float32, backward=False) < 1e-5
+    assert not kernel_is_right(cpu, config, torch.float32)
+    wrong = packed_attention.block_causal_blocks
+    monkeypatch.setattr(
+        packed_attention, "block_causal_blocks", lambda p: wrong(torch.arange(p.shape[1])[None])
+    )
+    assert kernel_error(cpu, config, torch.float32, backward=False) > 0.1, "one example over the whole row"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_kernel_is_right_on_a_gpu() -> None:
+    config = SimpleNamespace(num_attention_heads=32, num_key_value_heads=8, head_dim=128, hidden_size=0)
+    assert kernel_is_right(torch.device("cuda"), config, torch.bfloat16)
 
 
 def gradients(

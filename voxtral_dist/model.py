@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from voxtral_dist.batch import MicroBatch
 from voxtral_dist.errors import UserError
 from voxtral_dist.loss import head_nll
+from voxtral_dist.packed_attention import block_causal_blocks, block_causal_mask, kernel_attention
 
 
 def config_values(model_id: str) -> dict[str, Any]:
@@ -139,10 +140,14 @@ class TrainingModel(torch.nn.Module):
         model: ``VoxtralForConditionalGeneration``, or the ``PeftModel`` around it.
         num_tasks: number of tasks the losses are summed by.
         label_smoothing: in [0, 1).
+        packed_kernel: packed rows use a kernel instead of a mask; see :mod:`voxtral_dist.packed_attention`.
     """
 
-    def __init__(self, model: Any, num_tasks: int, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self, model: Any, num_tasks: int, label_smoothing: float = 0.0, packed_kernel: bool = False
+    ) -> None:
         super().__init__()
+        self.packed_kernel = packed_kernel
         self.model = model
         self.num_tasks = num_tasks
         self.label_smoothing = label_smoothing
@@ -166,10 +171,14 @@ class TrainingModel(torch.nn.Module):
         embeds = embed(
             voxtral, batch.input_ids, batch.audio, batch.audio_index, encoder_trains=self.encoder_trains
         )
-        mask = None if batch.position_ids is None else block_causal_mask(batch.position_ids)
-        hidden = voxtral.model.language_model(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
-        ).last_hidden_state
+        language_model, mask = voxtral.model.language_model, None
+        by_kernel = self.packed_kernel and batch.position_ids is not None
+        if batch.position_ids is not None:
+            mask = (block_causal_blocks if by_kernel else block_causal_mask)(batch.position_ids)
+        with kernel_attention(language_model) if by_kernel else nullcontext():
+            hidden = language_model(
+                inputs_embeds=embeds, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+            ).last_hidden_state
         states = hidden.reshape(-1, hidden.shape[-1])[batch.label_index]
         nll = head_nll(voxtral.lm_head, states, batch.labels, self.label_smoothing)
         counts = (batch.label_weight > 0).float()
@@ -177,19 +186,6 @@ class TrainingModel(torch.nn.Module):
         sums[0].index_add_(0, batch.label_task, nll.detach() * counts)
         sums[1].index_add_(0, batch.label_task, counts)
         return ForwardResult((nll * batch.label_weight).sum(), sums[0], sums[1])
-
-
-def block_causal_mask(position_ids: torch.Tensor) -> torch.Tensor:
-    """Mask of a packed row: each position sees the earlier positions of its own example and itself.
-
-    Args:
-        position_ids: int64 [1, L], starting again at 0 with each example.
-
-    Returns:
-        bool [1, 1, L, L], True where attention is allowed.
-    """
-    example = (position_ids[0] == 0).cumsum(0)
-    return ((example[:, None] == example[None, :]).tril())[None, None]
 
 
 def unwrap(model: Any) -> Any:

@@ -13,8 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # saves DeepSpeed's import of a compiler, seconds per rank
 sys.path.insert(0, str(Path(__file__).parent))
 
+from demo_runs import Demo, compose
 from harness import load_script
-from runs import Demo, compose
 
 LONGEST = (
     "test_faults test_train_run test_stage_runs test_plan_batches test_launch_training test_watchdog".split()

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from demo_runs import Demo, alone
 from harness import run_ranks
-from runs import Demo, alone
 from safetensors.torch import load_file, save_file
 from test_engine import digest, make_collator, moments
 from test_gradient import SMOOTHING, SPLITS, make_examples, relative_errors

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from demo_runs import Demo
 from harness import ROOT, load_script
-from runs import Demo
 
 from voxtral_dist import config as settings
 from voxtral_dist import prepare, run_dir, training_run

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from demo_runs import Process, log_of, started
 from harness import load_script, run_ranks
-from runs import Process, log_of, started
 from test_checkpoint import damage, full_disk
 from test_checkpoint_faults import written
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from demo_runs import environment
 from harness import ROOT
-from runs import environment
 
 from voxtral_dist import run_dir
 

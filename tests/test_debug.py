@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from demo_runs import Demo, Process, alone, log_of, started
 from harness import free_port
-from runs import Demo, Process, alone, log_of, started
 
 from voxtral_dist import debug_run
 

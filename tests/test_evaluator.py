@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from demo_runs import Demo
 from harness import ROOT, free_port, load_script, run_ranks
-from runs import Demo
 
 from voxtral_dist import adapter, config, evaluator
 from voxtral_dist import model as modeling

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Demo, launch, read, started, steps, tensors
+from demo_runs import Demo, launch, read, started, steps, tensors
 
 from voxtral_dist import checkpoint
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Demo, Process, read, steps
+from demo_runs import Demo, Process, read, steps
 from safetensors.torch import load_file
 from test_plan_batches import plan_batches
 from test_watchdog import environ, pids, until

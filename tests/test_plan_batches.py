@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from demo_runs import Demo, alone, environment, losses
 from harness import ROOT
-from runs import Demo, alone, environment, losses
 
 from voxtral_dist import checkpoint
 from voxtral_dist.shards import ShardSet

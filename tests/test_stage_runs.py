@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import ROOT
-from runs import (
+from demo_runs import (
     TASKS,
     Demo,
     Process,
@@ -23,6 +22,7 @@ from runs import (
     stop_after,
     two_ranks,
 )
+from harness import ROOT
 from safetensors.torch import load_file
 
 from voxtral_dist import checkpoint

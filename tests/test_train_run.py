@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import (
+from demo_runs import (
     BATCH,
     STEPS,
     TASKS,

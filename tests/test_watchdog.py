@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from demo_runs import Demo, environment, launch, steps
 from harness import free_port
-from runs import Demo, environment, launch, steps
 
 from voxtral_dist import activity
 

@@ -23,7 +23,7 @@ nvidia-smi -L >/dev/null 2>&1 || export DS_ACCELERATOR=cpu
 
 failed=0 parallel=()
 if [ "${#arguments[@]}" -eq 0 ]; then
-    parallel=(-n auto --maxprocesses 4 --dist loadfile) # a process per core; the tests of a file share their runs
+    parallel=(-n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder) # a process per core; the tests of a file share their runs
     "$PYTHON" -m ruff check . || failed=1
     "$PYTHON" -m ruff format --check . || failed=1
     "$PYTHON" -m mypy || failed=1

@@ -196,7 +196,8 @@ def test_a_port_that_is_taken_is_told_at_once(start: Start, demo: Demo, tmp_path
     assert job.text == message
 
 
-@pytest.mark.parametrize("launcher", ["python", pytest.param("deepspeed", marks=slow)])
+@slow
+@pytest.mark.parametrize("launcher", ["python", "deepspeed"])
 def test_a_run_directory_that_vanishes_ends_the_run(
     start: Start, demo: Demo, tmp_path: Path, launcher: str
 ) -> None:

@@ -79,7 +79,7 @@ def redone(rank: int, model_dir: str, where: str) -> list[Any]:
     return [worst, abs(one.loss - other.loss), abs(one.grad_norm / other.grad_norm - 1), moved]
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("where", ["backward", pytest.param("forward", marks=pytest.mark.slow)])
 def test_a_share_is_done_again_with_the_same_gradient(tiny_model: Path, where: str) -> None:
     """Rank 0 can only hold one example at a time; Adam would show a wrong gradient as a step of 1e-3."""
     for worst, loss, norm, counts in run_ranks(redone, 2, str(tiny_model), where):

@@ -68,6 +68,7 @@ def test_audit_notices(run: Path, tmp_path: Path, change: object, words: str) ->
     assert words in plan_batches("--audit", str(tmp_path / "run"), code=2)
 
 
+@pytest.mark.slow
 def test_packed_rows_train_the_same(run: Path, demo: Demo, tmp_path: Path) -> None:
     alone(demo.flags(tmp_path / "packed", "--packed"), tmp_path / "packed")
     assert losses(tmp_path / "packed") == pytest.approx(losses(run), rel=1e-4)

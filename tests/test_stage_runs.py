@@ -85,6 +85,7 @@ def test_two_ranks_do_the_same(demo: Demo, staged: tuple[Path, str], tmp_path: P
     assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_staged_run_goes_on_to_the_same_bits(demo: Demo, staged: tuple[Path, str], tmp_path: Path) -> None:
     run, expected = tmp_path / "run", staged[0]
     flags = demo.flags(run, *STAGED)

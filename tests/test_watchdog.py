@@ -148,7 +148,7 @@ def test_activities_have_words_and_count() -> None:
     assert before.since <= after.since <= time.monotonic()
 
 
-@pytest.mark.parametrize("stopped", [1, 0])
+@pytest.mark.parametrize("stopped", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_stopped_rank_is_named_killed_and_the_code_is_80(start: Start, stopped: int) -> None:
     """Also rank 0, on which the store lives, and that hides how rank 2 works on."""
     work = 'for n in range(99): time.sleep(0.25); activity.now("reading")'
@@ -186,6 +186,7 @@ def test_ranks_that_all_wait_are_a_deadlock(start: Start) -> None:
     assert f"{ranks.name(0)} in 'gathering a of step 12', {ranks.name(1)} in 'gathering b of" in message
 
 
+@pytest.mark.slow
 def test_one_rank_watches_itself(start: Start) -> None:
     ranks = start('activity.now("the reduction", waiting=True); time.sleep(99)')
     assert ranks.codes() == [80]
@@ -204,6 +205,7 @@ def test_a_dead_rank_is_named(start: Start) -> None:
     assert ranks.status() == {"exit_code": 1, "message": line.removeprefix("error: ")}
 
 
+@pytest.mark.slow
 def test_a_dead_rank_0_is_named_by_rank_1(start: Start) -> None:
     ranks = start(f'activity.now("micro-batch 3"); time.sleep(1.5); os.kill(os.getpid(), 9); {WAIT}', WAIT)
     assert ranks.codes() == [-signal.SIGKILL, 1]

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from voxtral_dist.flops import VoxtralFlops
 from voxtral_dist.plan import Int64, Step, hash64
 
 
@@ -33,6 +32,8 @@ class CostModel:
         encoder forward and the projector both ways, a label position the head both ways. Causal attention costs 3.5
         times its forward pass, since flash attention recomputes.
         """
+        from voxtral_dist.flops import VoxtralFlops  # the plan itself needs numpy alone
+
         flops = VoxtralFlops.from_config(config)
         token = 2 * flops.token
         return cls(

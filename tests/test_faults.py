@@ -61,6 +61,7 @@ def test_killed_in_a_step_a_save_and_an_evaluation(demo: Demo, undisturbed: Path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_twenty_times_at_random_moments(demo: Demo, undisturbed: Path, tmp_path: Path) -> None:
     """Half of the kills take one rank, half the whole group; the run directory is started over when a run ends."""
     chance, kills, finished = random.Random(5), 0, 0

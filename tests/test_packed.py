@@ -2,13 +2,16 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from test_gradient import build, make_examples
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from voxtral_dist import packed_attention
 from voxtral_dist.batch import MicroBatch
+from voxtral_dist.model import checkpoint_layers
 from voxtral_dist.packed_attention import kernel_error, kernel_is_right
 
 
@@ -25,6 +28,26 @@ def test_the_kernel_sees_what_the_mask_sees(tiny_model: Path) -> None:
     torch.testing.assert_close(got.task_nll, expected.task_nll, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(padded.task_nll, expected.task_nll, rtol=1e-5, atol=1e-6)
     assert training.voxtral.model.language_model.config._attn_implementation != "flex_attention"
+
+
+def test_recomputed_layers_attend_as_in_the_forward_pass(tiny_model: Path) -> None:
+    """The backward pass comes when the block is over; a kernel's block mask would mean nothing to another attention."""
+    training, collator = build(str(tiny_model))
+    checkpoint_layers(training.voxtral)
+    language_model, calls = training.voxtral.model.language_model, []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        calls.append(torch.is_grad_enabled())
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register("spy", spy)
+    training.train()
+    with packed_attention.attention(language_model, "spy"):
+        loss = training(collator.train_batch(make_examples(collator.spec)[:2], 0)).loss
+    layers = language_model.config.num_hidden_layers
+    assert len(calls) == layers
+    loss.backward()
+    assert len(calls) == 2 * layers
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (32, 8)])

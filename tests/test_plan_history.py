@@ -173,6 +173,17 @@ def test_a_task_that_sleeps_for_a_stage_goes_on_where_it_was(
             assert len(set(epoch)) == len(epoch) and set(epoch) <= set(range(size))
 
 
+def test_a_finished_run_with_a_short_last_step_takes_new_data() -> None:
+    """10 draws in steps of 4: the last step held 2, and still does when the run goes on with 10 more examples."""
+    plan, saved = start([[10]], (1,), 4, 10)
+    before = consumed(plan, 0, 3)
+    longer, _ = go_on(saved, 3, [[10, 10]], (1,), 4, 30)
+    assert consumed(longer, 0, 3) == before and [len(longer.step(i)) for i in range(4)] == [4, 4, 2, 4]
+    assert longer.draws_after(3) == 10 and longer.num_steps == 8
+    drawn = [example for _, example in consumed(longer, 3, 8)]
+    assert sorted(drawn) == list(range(20)), "the new shard enters at the next own epoch, which begins here"
+
+
 def test_the_mix_stays_exact_after_a_change() -> None:
     plan, saved = start([[1000], [1000]], (1, 1), 10, 10_000)
     plan, _ = go_on(saved, 7, [[1000], [1000]], (9, 1), 20, 10_000)

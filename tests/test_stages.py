@@ -80,6 +80,8 @@ def test_edges_are_rounded_to_steps_and_sleepers_sleep() -> None:
 
 
 def test_a_stage_without_a_step_is_refused() -> None:
+    with pytest.raises(UserError, match="stage all is shorter than a step"):
+        plan_of(PlanSettings(parse_stages("text:0.9:tqa=1; all:0.1:1,1,1", TASKS, ()), 4, 7))
     with pytest.raises(UserError, match="stage text is shorter than a step"):
         plan_of(PlanSettings(parse_stages("text:0.01:tqa=1; all:0.99:1,1,1", TASKS, ()), 8, 100))
 

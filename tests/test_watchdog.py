@@ -257,10 +257,10 @@ def test_a_run_with_a_stopped_rank_ends_with_80_and_leaves_nobody(
     mark = f"TEST_JOB={tmp_path}"
     monkeypatch.setenv(*mark.split("="))
     monkeypatch.setenv("SHUTDOWN_GRACE", str(grace))
-    flags = demo.flags(run, "--stall_timeout", "6", "--eval_steps", "0", "--max_steps", "200")
+    flags = demo.flags(run, "--stall_timeout", "6", "--eval_steps", "0", "--max_steps", "2000")
     (job,) = launch(launcher, flags, run)
     try:
-        until(lambda: len(steps(run)) >= 3 or job.process.poll() is not None, 120)
+        until(lambda: len(steps(run)) >= 60 or job.process.poll() is not None, 120)
         victim = next(pid for pid in pids(mark) if environ(pid).get("RANK") == "1")
         os.kill(victim, signal.SIGSTOP)
         started = time.monotonic()

@@ -17,7 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from voxtral_dist.errors import UserError, run_main
+from voxtral_dist.errors import BadSamplesError, UserError, run_main
+from voxtral_dist.logger import get_logger
+
+log = get_logger(__name__)
+_started = False
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others in a collective before it gives up."""
@@ -86,7 +90,18 @@ def run_as_rank(run: Callable[[World], None]) -> None:
 
     def start() -> None:
         world = read_world()
-        run_main(lambda: run(world), speak=world.is_main)
+        run_main(lambda: heard(world), speak=world.is_main)
+
+    def heard(world: World) -> None:
+        try:
+            run(world)
+        except (
+            UserError,
+            BadSamplesError,
+        ) as error:  # after the start of the group it may be this rank's alone
+            if _started and not world.is_main:
+                log.warning("this rank ends: %s", error)
+            raise
 
     run_main(start)
 
@@ -102,6 +117,8 @@ def local_device(world: World) -> torch.device:
 
 def start(device: torch.device) -> None:
     """Open the process group (nccl on CUDA, gloo on the CPU). Every rank must call it."""
+    global _started  # noqa: PLW0603
+    _started = True
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)

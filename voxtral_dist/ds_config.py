@@ -95,6 +95,7 @@ _DECIDED = {
     "fp16": "--bf16",
     "torch_autocast": "--bf16",
     "gradient_allreduce_op": "--loss_norm",
+    "compute_grad_norm": "the program, which sees by the norm whether a gradient is finite",
 }
 
 

@@ -79,7 +79,7 @@ def example_lengths(
         atomic.wait_for(counter.missing)
         _publish(whole, counter, len(shards))
     else:
-        atomic.wait_for(lambda: [] if whole.is_file() else [str(whole)])
+        atomic.wait_for(lambda: [] if _mapped(whole, len(shards)) is not None else [str(whole)])
     table = _mapped(whole, len(shards))
     assert table is not None
     return table

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from voxtral_dist.batch import MicroBatch
 from voxtral_dist.errors import UserError
 from voxtral_dist.loss import head_nll
-from voxtral_dist.packed_attention import block_causal_blocks, block_causal_mask, kernel_attention
+from voxtral_dist.packed_attention import KERNEL, attention, block_causal_blocks, block_causal_mask
 
 
 def config_values(model_id: str) -> dict[str, Any]:
@@ -175,7 +175,7 @@ class TrainingModel(torch.nn.Module):
         by_kernel = self.packed_kernel and batch.position_ids is not None
         if batch.position_ids is not None:
             mask = (block_causal_blocks if by_kernel else block_causal_mask)(batch.position_ids)
-        with kernel_attention(language_model) if by_kernel else nullcontext():
+        with attention(language_model, KERNEL) if by_kernel else nullcontext():
             hidden = language_model(
                 inputs_embeds=embeds, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
             ).last_hidden_state
@@ -237,9 +237,14 @@ def encode_audio(voxtral: Any, audio: torch.Tensor, *, encoder_trains: bool = Fa
 def checkpoint_layers(voxtral: Any) -> None:
     """Recompute the language model's decoder layers in the backward pass.
 
-    Set on the layers themselves: the stock switch also hooks the frozen encoder's input, which would then be recomputed
-    and back-propagated.
+    They attend as they did in the forward pass. Set on the layers themselves: the stock switch also hooks the frozen
+    encoder's input, which would then be recomputed and back-propagated.
     """
-    for layer in voxtral.model.language_model.layers:
+    language_model = voxtral.model.language_model
+
+    def contexts() -> tuple[Any, Any]:
+        return nullcontext(), attention(language_model, language_model.config._attn_implementation)
+
+    for layer in language_model.layers:
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=contexts)

@@ -65,7 +65,8 @@ def restore(engine: TrainEngine, tensors: Mapping[str, torch.Tensor], step: int)
         return whole[first : first + size].to(partition.device, copy=True)
 
     moments = {moment: own_part(tensors, f"{moment}/") for moment in MOMENTS}
-    zero.optimizer.state[partition] = {"step": torch.tensor(float(step)), **moments}
+    steps = torch.tensor(float(step), device=partition.device)  # the fused Adam of CUDA wants it there
+    zero.optimizer.state[partition] = {"step": steps, **moments}
     partition.data.copy_(own_part(dict(engine.named_parameters), ""))
 
 

@@ -49,12 +49,16 @@ def block_causal_blocks(position_ids: torch.Tensor) -> BlockMask:
     return create_block_mask(allowed, None, None, length, length, device=str(position_ids.device))
 
 
+KERNEL = "flex_attention"
+"""Its name in transformers."""
+
+
 @contextmanager
-def kernel_attention(language_model: Any) -> Iterator[None]:
-    """Let the language model use the kernel inside the block."""
+def attention(language_model: Any, implementation: str) -> Iterator[None]:
+    """Let the language model attend in this way inside the block."""
     config = language_model.config
     before = config._attn_implementation
-    config._attn_implementation = "flex_attention"
+    config._attn_implementation = implementation
     try:
         yield
     finally:

@@ -243,9 +243,9 @@ class GlobalPlan:
     def draws_after(self, step: int) -> int:
         """Draws consumed once ``step`` steps are done."""
         segment = self.segment_of(max(0, step - 1))
-        return min(
-            segment.start_draw + (step - segment.start_step) * segment.global_batch_size, self.total_draws
-        )
+        later = [s.start_draw for s in self.segments if s.start_draw > segment.start_draw]
+        end = min([self.total_draws, *later])  # the last step before a change may be short
+        return min(segment.start_draw + (step - segment.start_step) * segment.global_batch_size, end)
 
     def own_draws_after(self, step: int) -> tuple[int, ...]:
         """Own draws of each task once ``step`` steps are done."""

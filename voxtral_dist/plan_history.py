@@ -125,6 +125,7 @@ def continue_history(
     _check("global_batch_size", saved["global_batch_size"], n, "global_batch", allow)
     last = [s for s in segments if s.start_step <= step][-1]
     draws = last.start_draw + (step - last.start_step) * last.global_batch_size
+    draws = min(draws, saved["total_draws"])  # the last step was short
     own, total = last.own_draws(draws), settings.total_draws(draws, step)
     if (saved["stages"], saved["global_batch_size"], saved["total_draws"]) != (stages, n, total):
         begun = [s for s in segments if s.start_step < step]
@@ -205,7 +206,7 @@ def first_history(
     """
     total = settings.total_draws(0, 0)
     segments = _from_here(settings, total, 0, 0, (0,) * len(sources))
-    present = {segment.stage for segment in segments}
+    present = {segment.stage for segment in segments if segment.start_draw < total}
     for number, stage in enumerate(settings.stages):
         if number not in present:
             raise UserError(

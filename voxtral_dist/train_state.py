@@ -23,6 +23,7 @@ class TrainState:
         recent_losses: of the last steps, for the spike guard.
         left_out: first and last step (exclusive) of every stretch that the spike guard passed over.
         scores: step and score of every evaluation so far, more is better.
+        best_metric: what the scores are of.
         stage: name of the stage that the last step belonged to.
         totals: sums that the metrics "so far" are made of.
     """
@@ -38,6 +39,7 @@ class TrainState:
     recent_losses: list[float] = field(default_factory=list)
     left_out: list[list[int]] = field(default_factory=list)
     scores: list[list[float]] = field(default_factory=list)
+    best_metric: str = ""
     stage: str = ""
     totals: dict[str, float] = field(default_factory=dict)
 

@@ -80,6 +80,8 @@ class Trainer:
         self.saver = Saver(self.run_dir, config.save_total_limit, config.max_failed_saves)
         self.loader = StepLoader(data, distributed.rank(), distributed.world_size())
         self.early_stopping = EarlyStopping(config.early_stopping_patience, config.early_stopping_min_delta)
+        if state.best_metric != config.best_metric:  # scores by another one say nothing
+            state.best_metric, state.scores = config.best_metric, []
         self.stragglers = health.Stragglers()
         self._stop_requested = False
         self._announced = ""
@@ -131,7 +133,8 @@ class Trainer:
                 result = self._step(index, share)
                 bar.set_postfix(loss=f"{result.loss:.3f}", refresh=False)
                 bar.update()
-                if health.is_spike(result.loss, recent, self.config.spike_factor) and self._roll_back(result):
+                spike = result.applied and health.is_spike(result.loss, recent, self.config.spike_factor)
+                if spike and self._roll_back(result):
                     return
                 self._after_step(result)
                 if self._is_over():
@@ -217,10 +220,14 @@ class Trainer:
         saved = TrainState.restored(checkpoint.load(newest, self.engine))
         for name in ("samples_seen", "tokens_seen", "audio_seconds_seen", "bad_samples", "task_tokens_seen"):
             setattr(self.state, name, getattr(saved, name))
-        self.state.left_out, self.state.recent_losses = left_out, saved.recent_losses
+        self.state.left_out = left_out
+        self.state.recent_losses = saved.recent_losses if saved.stage == self.state.stage else []
         self.state.totals.clear()
         self.state.totals.update(saved.totals)
         self._save()
+        if self._evaluation_due():
+            self.saver.wait(final=step == self.data.plan.num_steps)
+            self._evaluate()
         return True
 
     def _check_run_dir(self) -> None:

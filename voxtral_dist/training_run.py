@@ -89,7 +89,7 @@ def train(config: TrainConfig, world: World) -> None:
             resume.check_not_over(out, origin, data.plan.num_steps)
             check_same_plan(data, checkpoint.step_of(newest) if newest else 0)
             if world.is_main:
-                go_back(out, origin, config.best_metric)
+                go_back(out, newest, config.best_metric)
                 print("\n".join(dry_run.plan_lines(data, world.world_size)), flush=True)
                 about = run_dir.environment(world.world_size, str(device)) | {"data": fingerprints(tasks)}
                 about["init_adapter"] = [config.init_adapter, identity["init_adapter"]]
@@ -164,10 +164,13 @@ def check_settings(config: TrainConfig, out: Path, origin: Path | None) -> None:
     build_ds_config(EngineSettings(ds_config=config.ds_config), 0)
 
 
-def go_back(out: Path, origin: Path | None, metric: str) -> None:
-    """Set aside what the run did after the checkpoint that ``--resume`` names, and say so; for rank 0."""
-    own = origin and resume.is_own(origin, out)
-    line = resume.set_aside(out, checkpoint.step_of(origin)) if origin and own else None
+def go_back(out: Path, start: Path | None, metric: str) -> None:
+    """Set aside what the run did after the checkpoint it goes on from, and say so; for rank 0.
+
+    That is what came after the one that ``--resume`` names, or damaged ones that were passed over.
+    """
+    own = start and resume.is_own(start, out)
+    line = resume.set_aside(out, checkpoint.step_of(start)) if start and own else None
     if line:
         print(line, flush=True)
         (out / "best").unlink(missing_ok=True)

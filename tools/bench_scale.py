@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from bench_balance import WEIGHTS
-from bench_read import tekken
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
@@ -33,6 +31,7 @@ SHARDS = {"asr": 5_000, "sqa": 3_000, "tqa": 2_000}
 EXAMPLES_PER_SHARD = 10_000
 SPEC = AudioSpec(128, 3000, 375)
 STEP, RANKS, STEPS = 1_024, 64, 100
+WEIGHTS = "10,15,12"
 
 
 def scale() -> None:
@@ -44,6 +43,8 @@ def scale() -> None:
 
 def index(folder: Path) -> None:
     """Data sets whose tars and indexes have their sizes and no content, with real tables of lengths."""
+    from bench_read import tekken  # not above: the measured process shall hold the data side alone
+
     vocabulary = tekken(folder)
     rng = np.random.default_rng(0)
     for task, count in SHARDS.items():
@@ -84,7 +85,7 @@ def measure(folder: Path) -> None:
     collator = Collator(TekkenVocabulary.load(str(folder / "model")), SPEC)
     before, started = memory(), time.process_time()
     tasks = open_tasks([folder / task for task in SHARDS], collator)
-    settings = TrainSettings(STEP, 4, 2_048, task_weights=",".join(map(str, WEIGHTS)))
+    settings = TrainSettings(STEP, 4, 2_048, task_weights=WEIGHTS)
     data = TrainData(tasks, collator, settings)
     opened, started = time.process_time() - started, time.process_time()
     middle = data.plan.num_steps // 2
@@ -116,6 +117,7 @@ def memory() -> dict[str, int]:
 
 def start() -> None:
     """From nothing to the first batch in the middle of a run over the demo, as a resumed rank does it."""
+    from bench_read import tekken
     from compose_demo import BANK, Settings, load_bank, publish
 
     with tempfile.TemporaryDirectory() as name:

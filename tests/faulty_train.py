@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
 
-from voxtral_dist import checkpoint, evaluator
+from voxtral_dist import checkpoint, decode_share
 from voxtral_dist.batch import MicroBatch
 from voxtral_dist.engine import TrainEngine
 from voxtral_dist.trainer import Trainer
@@ -77,7 +77,7 @@ def hurt(engine: TrainEngine) -> None:
 
 def arm() -> None:
     """Put the faults in."""
-    step, publish, decode = Trainer._step, checkpoint.publish, evaluator._decode_batch
+    step, publish, decode = Trainer._step, checkpoint.publish, decode_share.decode_stream
     compute = TrainEngine._forward_backward
 
     def faulty_step(self: Trainer, index: int, share: Any) -> Any:
@@ -97,15 +97,15 @@ def arm() -> None:
             die()
         return publish(run_dir, taken)
 
-    def faulty_decode(*args: Any) -> Any:
+    def faulty_decode(*args: Any, **options: Any) -> Any:
         if is_due("kill-eval", STEP["now"]):
             die()
-        return decode(*args)
+        return decode(*args, **options)
 
     Trainer._step = faulty_step  # type: ignore[method-assign]
     TrainEngine._forward_backward = faulty_compute  # type: ignore[method-assign]
     checkpoint.publish = faulty_publish
-    evaluator._decode_batch = faulty_decode
+    decode_share.decode_stream = faulty_decode
 
 
 if __name__ == "__main__":

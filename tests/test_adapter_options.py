@@ -119,7 +119,7 @@ def test_full_weights_work_in_a_bf16_model(
     ids = torch.tensor([words.prompt(example.sample, example.n_samples)])
     rest = (ids, [ids.shape[1]], example.mel, words.audio_slots(ids))
     answers = [
-        greedy_decode(one.eval(), *rest, eos_id=2, max_new_tokens=[6])
+        greedy_decode(one.eval(), *rest, eos_id=2, max_new_tokens=[6])[0].tokens
         for one in (model, adapter.load(bf16(), tmp_path), bf16())
     ]
     assert answers[0] == answers[1] != answers[2]

@@ -23,18 +23,18 @@ from voxtral_dist.adapter import LoraSettings
 from voxtral_dist.audio import AudioSpec
 from voxtral_dist.collator import Collator
 from voxtral_dist.config import EvalConfig
+from voxtral_dist.decode_share import ANSWER_TOKENS, DecodeSettings, Share
 from voxtral_dist.distributed import World
 from voxtral_dist.errors import BadSamplesError, UserError
 from voxtral_dist.eval_data import EvalData
 from voxtral_dist.evaluation_run import with_run_settings
-from voxtral_dist.evaluator import EvalSettings
 from voxtral_dist.packing import pack
 from voxtral_dist.shard_format import read_columns
 from voxtral_dist.shards import ShardSet
 from voxtral_dist.task_data import open_tasks
 from voxtral_dist.tokenizer import TekkenVocabulary
 
-SIZES = (1, 2, 5, 8)
+SIZES = (1, 2, 5, 7)
 ROWS = (1, 8)
 MAX_LEN = 128
 
@@ -80,7 +80,7 @@ def predict(rank: int, model_dir: str, dev_sets: dict[str, list[str]], out: str)
     for size, folders in dev_sets.items():
         data = open_data(model_dir, folders)
         for rows in ROWS:
-            result = evaluator.evaluate(model, data, EvalSettings(rows, max_new_tokens=6))
+            result = evaluator.evaluate(model, data, DecodeSettings(rows, max_new_tokens=6))
             if result is not None:
                 written.append(f"{size} rows of {rows}")
                 evaluator.write(Path(out, written[-1]), result)
@@ -130,9 +130,36 @@ def test_ranks_do_not_matter(
         ).read_bytes()
     ranks = [
         json.loads(line)["rank"]
-        for line in (tmp_path / "8 rows of 1" / "timing.jsonl").read_text().splitlines()
+        for line in (tmp_path / "7 rows of 1" / "timing.jsonl").read_text().splitlines()
     ]
-    assert len(ranks) == 24 and set(ranks) == set(range(world_size))
+    assert len(ranks) == 21 and set(ranks) == set(range(world_size))
+
+
+def test_the_order_of_the_rows_does_not_matter(
+    demo: Demo, tiny_model: Path, alone: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "audio").symlink_to(demo.folder / "audio")
+    files = []
+    for task in ("tqa", "asr", "sqa"):
+        lines = (demo.folder / f"{task}.dev.jsonl").read_text("utf-8").splitlines(keepends=True)
+        files.append(tmp_path / f"{task}.7.jsonl")
+        files[-1].write_text("".join(lines[i] for i in (4, 0, 6, 2, 1, 5, 3)), encoding="utf-8")
+    folders = [str(folder) for folder in pack(files, tmp_path / "shards", split="dev7")]
+    assert predict(0, str(tiny_model), {"7": folders}, str(tmp_path)) == [f"7 rows of {rows}" for rows in ROWS]
+    for name in (f"7 rows of {rows}" for rows in ROWS):
+        got, expected = ((folder / name / "predictions.jsonl").read_bytes() for folder in (tmp_path, alone))
+        assert got == expected
+
+
+def test_a_dev_set_without_rows_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    command = [sys.executable, "launch/evaluate.py", "--model_id", str(tiny_model)]
+    command += ["--val_jsonl", str(tmp_path / "empty.jsonl"), "--output_dir", str(tmp_path / "out")]
+    environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    environ["PYTHONPATH"] = str(ROOT)
+    result = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and "empty.jsonl: has no rows" in result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "out" / "metrics.json").exists()
 
 
 def test_metrics_are_those_documented(alone: Path) -> None:
@@ -176,7 +203,7 @@ def test_unreadable_audio_is_a_missing_prediction(
 ) -> None:
     folders, ids = damaged_copy(dev_sets[5], tmp_path, "audio")
     data = open_data(str(tiny_model), folders)
-    result = evaluator.evaluate(with_adapter(str(tiny_model)), data, EvalSettings(8, max_new_tokens=6))
+    result = evaluator.evaluate(with_adapter(str(tiny_model)), data, DecodeSettings(8, max_new_tokens=6))
     assert result is not None
     for got, whole in zip(result.predictions, records(alone / "5 rows of 8"), strict=True):
         assert (got["id"], got["references"]) == (whole["id"], whole["references"])
@@ -201,13 +228,13 @@ def test_a_row_without_its_words_cannot_be_scored(
     """An empty reference in its place would count as answered: nothing was said, nothing was to be said."""
     data = open_data(str(tiny_model), damaged_copy(dev_sets[5], tmp_path, "json")[0])
     with pytest.raises(BadSamplesError, match=r"-dev5-000000\.tar"):
-        evaluator.evaluate(modeling.load(str(tiny_model), torch.float32), data, EvalSettings(8, 6))
+        evaluator.evaluate(modeling.load(str(tiny_model), torch.float32), data, DecodeSettings(8, 6))
 
 
 def test_the_other_audio_is_of_the_same_language_and_another_answer(
     tiny_model: Path, dev_sets: dict[int, list[str]]
 ) -> None:
-    data = open_data(str(tiny_model), dev_sets[8])
+    data = open_data(str(tiny_model), dev_sets[7])
     for number in (0, 1):
         task, sources = data.tasks[number], data.other_audio(number)
         samples = [task.sets[0].sample(place) for place in range(len(task))]
@@ -223,11 +250,11 @@ def test_the_other_audio_is_of_the_same_language_and_another_answer(
 
 
 def test_swapped_audio_changes_what_is_heard_alone(tiny_model: Path, dev_sets: dict[int, list[str]]) -> None:
-    data = open_data(str(tiny_model), dev_sets[8])
+    data = open_data(str(tiny_model), dev_sets[7])
     model = with_adapter(str(tiny_model))
     plain, swapped = (
-        evaluator.evaluate(model, data, EvalSettings(8, max_new_tokens=6, swap_audio=swap))
-        for swap in (False, True)
+        evaluator.evaluate(model, data, DecodeSettings(8, max_new_tokens=6, audio=audio))
+        for audio in ("own", "swapped")
     )
     assert plain is not None and swapped is not None
     changed: dict[str, int] = {}
@@ -301,10 +328,14 @@ def test_a_run_a_checkpoint_and_an_adapter_folder_are_the_same(
     assert (out / "predictions.jsonl").read_bytes() == expected
     assert json.loads((out / "exit_status.json").read_text())["exit_code"] == 0
     provenance = json.loads((out / "metrics.json").read_text())["provenance"]
+    assert len(provenance.pop("weights")) == 64
     assert provenance == {
         "adapter": str(checkpoint / "adapter"),
+        "dtype": "float32",
+        "max_len": MAX_LEN,
         "max_new_tokens": 6,
         "model_id": str(tiny_model),
+        "sqa_question": "written",
     }
     for lora_dir in (checkpoint, checkpoint / "adapter"):
         out = tmp_path / lora_dir.name
@@ -329,9 +360,11 @@ def test_the_audio_probe_twice_into_one_directory(
     flags = ("--lora_dir", str(run), "--output_dir", str(tmp_path / "probe"), "--audio_probe")
     out = evaluate(tmp_path / "probe", *flags)
     printed, first = capsys.readouterr().out, (out / "predictions.jsonl").read_bytes()
-    assert "audio NOT used" in printed and "swapped audio" in printed and "hypothesis" in printed
+    assert "audio NOT used" in printed and "swapped audio" in printed and "silence" in printed
+    assert "hypothesis" in printed and not (out / "parts").exists()
     probe = json.loads((out / "audio_probe.json").read_text())
-    assert set(probe["tasks"]) == {"asr", "sqa", "tqa"}
+    assert set(probe) == {"swapped", "silence", "verdict"} and "NOT used" in probe["verdict"]
+    assert all(set(probe[audio]["tasks"]) == {"asr", "sqa", "tqa"} for audio in ("swapped", "silence"))
     evaluate(out, *flags, "--private_text")
     assert (out / "predictions.jsonl").read_bytes() == first
     assert "hypothesis" not in capsys.readouterr().out

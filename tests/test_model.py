@@ -347,7 +347,8 @@ def decode(
     ids, lengths = prompts(collator, examples)
     audio, slots = collator.stack_audio(examples), collator.audio_slots(ids)
     limits = limits or [12] * len(examples)
-    return greedy_decode(model, ids, lengths, audio, slots, eos_id=eos, max_new_tokens=limits)
+    answers = greedy_decode(model, ids, lengths, audio, slots, eos_id=eos, max_new_tokens=limits)
+    return [answer.tokens for answer in answers]
 
 
 def stock_generate(model: Any, collator: Collator, examples: list[Example], eos: int) -> list[list[int]]:

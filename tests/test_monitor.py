@@ -29,7 +29,8 @@ from voxtral_dist.audio import AudioSpec
 from voxtral_dist.collator import Collator
 from voxtral_dist.errors import UserError
 from voxtral_dist.eval_data import EvalData
-from voxtral_dist.evaluator import EvalSettings, Evaluation, evaluate
+from voxtral_dist.decode_share import DecodeSettings
+from voxtral_dist.evaluator import Evaluation, evaluate
 from voxtral_dist.gpu_meter import GpuMeter
 from voxtral_dist.logger import get_logger, setup_logging
 from voxtral_dist.model import load, read_config
@@ -38,7 +39,7 @@ from voxtral_dist.packing import pack
 from voxtral_dist.task_data import open_tasks
 from voxtral_dist.tasks import TASKS
 from voxtral_dist.tokenizer import TekkenVocabulary
-from voxtral_dist.training_run import show_previews
+from voxtral_dist.step_evaluation import show_previews
 
 Log = pytest.LogCaptureFixture
 
@@ -139,7 +140,7 @@ def test_the_charts_of_the_layout(tmp_path: Path) -> None:
     patterns = [pattern for charts in LAYOUT.values() for tags in charts.values() for pattern in tags]
     known = (
         "loss/asr val_loss/asr eval_asr/cer eval_sqa/rouge_l_f1 eval_tqa/rouge_l_f1 eval/macro mix/asr "
-        "target_token_share/asr speed/mfu speed/tokens_per_second speed/samples_per_second "
+        "target_token_share/asr interference/cosine_asr_sqa speed/mfu speed/tokens_per_second speed/samples_per_second "
         "speed/padding_share speed/rank_spread speed/eta_hours "
         "gpu0/memory_gib gpu0/utilisation_percent gpu0/power_w gpu0/energy_wh train/loss "
         "train/learning_rate train/grad_norm train/stage train/clip_share train/skipped_steps"
@@ -240,7 +241,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tup
     folders = pack([root / f"{task}.dev.jsonl" for task in TASKS], root / "shards", split="dev")
     collator = Collator(TekkenVocabulary.load(model), AudioSpec.from_config(read_config(model)))
     data = EvalData(open_tasks([str(folder) for folder in folders], collator), collator, 128)
-    result = evaluate(load(model, torch.float32), data, EvalSettings(4, max_new_tokens=3))
+    result = evaluate(load(model, torch.float32), data, DecodeSettings(4, max_new_tokens=3))
     assert result is not None
     return data, result
 

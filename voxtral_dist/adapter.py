@@ -4,6 +4,7 @@ left out. A LoRA adapter, or weights of the model itself (:mod:`voxtral_dist.ful
 from __future__ import annotations
 
 import copy
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,17 @@ def snapshot(model: Any) -> Snapshot:
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
     return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in _tensors(model).items()}, config
+
+
+def digest(model: Any) -> str:
+    """SHA-256 over names and values of what :func:`write` saves, hex; "" for a model without an adapter."""
+    if not isinstance(model, (TunedWeights, peft.PeftModel)):
+        return ""
+    found = hashlib.sha256()
+    for name, tensor in sorted(_tensors(model).items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def write(taken: Snapshot, folder: Path) -> None:

@@ -66,3 +66,16 @@ class MicroBatch:
             if isinstance(value := getattr(self, field.name), torch.Tensor)
         }
         return dataclasses.replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class DecodeCaps:
+    """Limits of one decoding batch. One example alone may exceed ``tokens``, else it could not be answered.
+
+    Attributes:
+        rows: most examples.
+        tokens: most cached positions: rows x (longest prompt + longest answer limit).
+    """
+
+    rows: int
+    tokens: int

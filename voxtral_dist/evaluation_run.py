@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from voxtral_dist import adapter, checkpoint, distributed, evaluator, prepare, report
+from voxtral_dist import adapter, checkpoint, distributed, evaluator, prediction_parts, prepare, report
 from voxtral_dist.atomic import write_json
 from voxtral_dist.config import EvalConfig, load_yaml
 from voxtral_dist.distributed import World
@@ -16,6 +16,9 @@ from voxtral_dist.tasks import TASKS
 
 OF_THE_RUN = ("model_id", "max_len", "load_in_4bit")
 """Settings of a run that its evaluation takes over."""
+
+PROBES = ("swapped", "silence")
+"""What the audio probe lets every example hear instead of its own audio."""
 
 
 def with_run_settings(config: EvalConfig) -> EvalConfig:
@@ -50,7 +53,6 @@ def evaluate(config: EvalConfig, world: World) -> None:
     Raises:
         UserError: the model, the adapter or the data are not what the flags say.
     """
-    out = Path(config.output_dir)
     folder = checkpoint.find_adapter(Path(config.lora_dir)) if config.lora_dir else None
     collator = prepare.open_collator(config)
     tasks = prepare.open_data(config, config.val_shards, config.val_jsonl, "dev", world, collator)
@@ -61,30 +63,32 @@ def evaluate(config: EvalConfig, world: World) -> None:
         model = prepare.load_base(config, device)
         if folder:
             model = adapter.load(model, folder).to(device)
-        _evaluate_and_write(config, model, data, out, str(folder) if folder else None)
+        _evaluate_and_write(config, model, data, str(folder) if folder else None)
     finally:
         distributed.stop()
 
 
-def _evaluate_and_write(
-    config: EvalConfig, model: Any, data: EvalData, out: Path, adapter_path: str | None
-) -> None:
-    how = evaluator.EvalSettings(config.per_device_bsz, config.gen_max_new_tokens, config.num_workers)
-    provenance = {
-        "model_id": config.model_id,
-        "adapter": adapter_path,
-        "max_new_tokens": config.gen_max_new_tokens,
-    }
-    result = evaluator.evaluate(model, data, how, provenance)
-    swapped = evaluator.evaluate(model, data, replace(how, swap_audio=True)) if config.audio_probe else None
+def _evaluate_and_write(config: EvalConfig, model: Any, data: EvalData, adapter_path: str | None) -> None:
+    out = Path(config.output_dir)
+    about = prepare.provenance(config, model) | {"adapter": adapter_path}
+
+    def decoded(audio: str) -> evaluator.Evaluation | None:
+        how = prepare.decode_settings(config, config.gen_max_new_tokens, audio)
+        return evaluator.evaluate(model, data, how, about, out)
+
+    result = decoded("own")
+    probes = {audio: decoded(audio) for audio in PROBES} if config.audio_probe else {}
     if result is None:
         return
     evaluator.write(out, result)
     print(report.score_table(result.metrics))
     if not config.private_text:
         print(f"\n{report.previews(result.predictions, evaluator.PREVIEWS_PER_TASK)}")
-    if swapped is not None:
+    scores = {audio: probe.metrics for audio, probe in probes.items() if probe is not None}
+    if scores:
         audio_tasks = [task.name for task in data.tasks if TASKS[task.name].has_audio]
-        write_json(out / "audio_probe.json", swapped.metrics, private=True)
-        print(f"\n{report.probe_table(result.metrics, swapped.metrics, audio_tasks)}")
+        verdict = report.probe_verdict(result.metrics, scores, audio_tasks)
+        write_json(out / "audio_probe.json", {**scores, "verdict": verdict}, private=True)
+        print(f"\n{report.probe_table(result.metrics, scores, audio_tasks)}\n{verdict}")
+    prediction_parts.remove(out)
     print(f"\nwritten: {out}/metrics.json, predictions.jsonl, timing.jsonl", flush=True)

@@ -1,56 +1,71 @@
-"""Distributed evaluation: every rank decodes its share, rank 0 gathers, scores and writes.
+"""Distributed evaluation: every rank decodes its share and writes it down at once; rank 0 gathers, scores and writes.
 
-``predictions.jsonl`` depends on the model and the data alone, never on ranks or batches; what varies from run to run
-goes to ``timing.jsonl``.
+``predictions.jsonl`` depends on the model and the data alone, never on ranks, batches or kills; what varies from run to
+run goes to ``timing.jsonl``.
 """
 
 from __future__ import annotations
 
 import json
-import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from tqdm import tqdm
-
-from voxtral_dist import activity, distributed, scoring
+from voxtral_dist import activity, distributed
 from voxtral_dist.atomic import write_bytes, write_json
-from voxtral_dist.audio import SAMPLE_RATE
-from voxtral_dist.audio_file import AudioError, Samples, decode
-from voxtral_dist.collator import Example
-from voxtral_dist.decode import greedy_decode
-from voxtral_dist.errors import BadSamplesError
+from voxtral_dist.batch import DecodeCaps
+from voxtral_dist.collator import Collator, Example
+from voxtral_dist.decode_share import DecodeSettings, Int64, Item, Share
+from voxtral_dist.errors import BadSamplesError, ExitCode, VoxtralDistError
 from voxtral_dist.eval_data import EvalData
-from voxtral_dist.shards import CorruptSampleError
+from voxtral_dist.logger import get_logger
+from voxtral_dist.prediction_parts import Parts
+from voxtral_dist.record_scores import groups, intervals, score_records
 from voxtral_dist.tasks import TASKS
-from voxtral_dist.text_norm import NORMALIZER
+
+log = get_logger(__name__)
 
 PREVIEWS_PER_TASK = 3
 
-CLIPS_PER_TASK, CLIP_SECONDS = 2, 30
-"""Previews that can also be heard, and how much of each."""
+
+class DecodingData(Protocol):
+    """What is decoded: :class:`EvalData`, or :class:`~voxtral_dist.predict_data.PredictData`."""
+
+    collator: Collator
+    max_len: int
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything on the side of the data that decides a prediction."""
+
+    def __len__(self) -> int:
+        """Number of items."""
+
+    def batches(
+        self, rank: int, world_size: int, caps: DecodeCaps, limit_of: Callable[[str, Int64], Int64]
+    ) -> list[list[Item]]:
+        """A rank's items in batches; see :meth:`EvalData.batches`."""
+
+    def read(self, item: Item, audio: str = "own") -> Example:
+        """An item, ready to be decoded."""
+
+    def describe(self, item: Item) -> str:
+        """What to call an item in messages."""
 
 
 @dataclass(frozen=True)
-class EvalSettings:
-    """How to decode.
+class Decodings:
+    """What all ranks decoded, on rank 0.
 
     Attributes:
-        rows: examples decoded together.
-        max_new_tokens: most tokens of an answer.
-        num_workers: threads that read and decode audio.
-        swap_audio: give every example the audio of another one of its task and language (the audio probe).
+        records: one for each item, with its ``place`` and ``timing``, in no order.
+        speed: of this start, what an earlier one left aside.
     """
 
-    rows: int
-    max_new_tokens: int
-    num_workers: int = 2
-    swap_audio: bool = False
+    records: list[dict[str, Any]]
+    speed: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -67,11 +82,15 @@ class Evaluation:
     predictions: list[dict[str, Any]]
     timings: list[dict[str, Any]]
     metrics: dict[str, Any]
-    places: list[tuple[int, int]]
+    places: list[Item]
 
 
 def evaluate(
-    model: Any, data: EvalData, settings: EvalSettings, provenance: Mapping[str, Any] | None = None
+    model: Any,
+    data: EvalData,
+    settings: DecodeSettings,
+    provenance: Mapping[str, Any] | None = None,
+    folder: Path | None = None,
 ) -> Evaluation | None:
     """Decode and score the dev data. Collective; the result is on rank 0, None elsewhere.
 
@@ -79,166 +98,93 @@ def evaluate(
         model: Voxtral with or without adapter, on its device; left in the mode it was in.
         data: dev data, the same on every rank.
         settings: how to decode.
-        provenance: kept in ``metrics.json`` beside the scores.
+        provenance: what decides the predictions besides; kept in ``metrics.json`` beside the scores.
+        folder: where predictions are kept in ``parts`` as they come, for a start after a kill; None: nowhere.
 
     Raises:
         BadSamplesError: the words of a row are damaged. Damaged audio is a missing prediction instead.
+        VoxtralDistError: an example cannot be decoded; names its rank and the example.
     """
-    was_training = model.training
-    model.eval()
-    started = time.perf_counter()
-    records = [record for batch in _decode_share(model, data, settings) for record in batch]
-    seconds = time.perf_counter() - started
-    model.train(was_training)
-    activity.now("gathering the predictions", waiting=True)
-    shares = distributed.gather_json({"records": records, "seconds": seconds})
-    if shares is None:
+    about = {**(provenance or {}), "max_new_tokens": settings.max_new_tokens, "max_len": data.max_len}
+    decoded = decode(model, data, settings, about, folder)
+    if decoded is None:
         return None
     activity.now("scoring")
-    return _assemble(data, shares, provenance or {})
-
-
-def _decode_share(model: Any, data: EvalData, settings: EvalSettings) -> Iterator[list[dict[str, Any]]]:
-    """This rank's records, batch by batch; the next batch is read while one is decoded."""
-    rank, world_size = distributed.rank(), distributed.world_size()
-    batches = data.batches(rank, world_size, settings.rows)
-    sources = {n: data.other_audio(n) for n in range(len(data.tasks))} if settings.swap_audio else {}
-
-    def read(pairs: Sequence[tuple[int, int]]) -> list[Example]:
-        return [
-            data.tasks[task].read(
-                example, task, audio_from=sources[task][example] if task in sources else None
-            )
-            for task, example in pairs
-        ]
-
-    total = sum(map(len, batches))
-    with ThreadPoolExecutor(settings.num_workers) as pool, _progress(total, rank) as bar:
-        waiting = [pool.submit(read, pairs) for pairs in batches[: settings.num_workers]]
-        for number in range(len(batches)):
-            activity.now(f"batch {number + 1}")
-            examples = waiting.pop(0).result()
-            if number + settings.num_workers < len(batches):
-                waiting.append(pool.submit(read, batches[number + settings.num_workers]))
-            records = _decode_batch(model, data, examples, settings)
-            yield [{**record, "place": pair} for record, pair in zip(records, batches[number], strict=True)]
-            bar.update(len(examples))
-
-
-def _progress(total: int, rank: int) -> Any:
-    return tqdm(total=total, desc="evaluate", unit="ex", disable=rank != 0, leave=False, mininterval=1.0)
-
-
-def _decode_batch(
-    model: Any, data: EvalData, examples: list[Example], settings: EvalSettings
-) -> list[dict[str, Any]]:
-    collator, device = data.collator, next(model.parameters()).device
-    prompts = [collator.prompt(example.sample, example.n_samples) for example in examples]
-    input_ids = collator.pad(prompts, left=True)
-    audio = collator.stack_audio(examples)
-    limits = [min(settings.max_new_tokens, data.max_len - len(prompt)) for prompt in prompts]
-    started = time.perf_counter()
-    answers = greedy_decode(
-        model,
-        input_ids.to(device),
-        [len(prompt) for prompt in prompts],
-        None if audio is None else audio.to(device),
-        collator.audio_slots(input_ids).to(device),
-        eos_id=collator.vocabulary.special("</s>"),
-        max_new_tokens=limits,
-    )
-    seconds = time.perf_counter() - started
-    return [
-        _record(data, example, answer, len(answer) >= limit, seconds / len(examples))
-        for example, answer, limit in zip(examples, answers, limits, strict=True)
-    ]
-
-
-def _record(
-    data: EvalData, example: Example, answer: list[int], hit_max: bool, seconds: float
-) -> dict[str, Any]:
-    """One example's line: what is scored, and under ``timing`` what varies from run to run."""
-    sample = example.sample
-    if not sample.references:
-        raise BadSamplesError(f"{example.error}; a dev row without its words cannot be scored")
-    text = None if example.error else data.collator.vocabulary.decode(answer)
-    return {
-        "task": sample.task,
-        "id": sample.id,
-        "language": sample.language,
-        "domain": sample.domain,
-        "speaker": sample.speaker,
-        "audio_path": sample.audio_path,
-        "duration": round(example.n_samples / 16_000, 3),
-        "prompt": sample.prompt,
-        "references": list(sample.references),
-        "prediction": text,
-        "n_new_tokens": len(answer),
-        "hit_max": hit_max,
-        "error": example.error or None,
-        "timing": {"rank": distributed.rank(), "decode_s": round(seconds, 4)},
-    }
-
-
-def _assemble(data: EvalData, shares: list[dict[str, Any]], provenance: Mapping[str, Any]) -> Evaluation:
     order = {name: number for number, name in enumerate(TASKS)}
-    records = sorted(
-        (r for share in shares for r in share["records"]), key=lambda r: (order[r["task"]], r["id"])
-    )
-    if len(records) != len(data):
-        raise RuntimeError(f"{len(records)} predictions for {len(data)} dev examples")
+    records = sorted(decoded.records, key=lambda r: (order[r["task"]], r["id"]))
     places = [(int(task), int(example)) for task, example in (r.pop("place") for r in records)]
     timings = [{"task": r["task"], "id": r["id"], **r.pop("timing")} for r in records]
-    slowest = max(share["seconds"] for share in shares)
-    metrics = score(records) | {
-        "samples_per_second": len(records) / slowest,
-        "rtfx": sum(r["duration"] for r in records) / slowest,
-        "normalizer": NORMALIZER,
-        "provenance": dict(provenance),
-    }
+    metrics = score_records(records)
+    if settings.audio == "own":
+        metrics |= {"intervals": intervals(records, metrics), "groups": groups(records)}
+    metrics |= {"provenance": about, "speed": decoded.speed}
+    metrics |= {name: decoded.speed[name] for name in ("samples_per_second", "rtfx")}
     return Evaluation(records, timings, metrics, places)
 
 
-def score(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Metrics per task and their averages; each record also gets its own ``metrics``."""
-    tasks: dict[str, Any] = {}
-    for name in dict.fromkeys(record["task"] for record in records):
-        members = [record for record in records if record["task"] == name]
-        predictions = [record["prediction"] for record in members]
-        if TASKS[name].metric == "cer":
-            for record in members:
-                record["metrics"] = scoring.sample_asr(record["references"][0], record["prediction"])
-            tasks[name] = scoring.pool_asr(record["metrics"] for record in members)
-        else:
-            for record in members:
-                record["metrics"] = scoring.sample_qa(record["references"], record["prediction"])
-            tasks[name] = scoring.score_qa([record["references"] for record in members], predictions)
-    return {"tasks": tasks, **scoring.aggregate(tasks)}
+def decode(
+    model: Any,
+    data: DecodingData,
+    settings: DecodeSettings,
+    about: Mapping[str, Any],
+    folder: Path | None = None,
+) -> Decodings | None:
+    """Decode all items that no earlier start has decoded. Collective; arguments and errors as of :func:`evaluate`."""
+    key = json.dumps([data.fingerprint, settings.audio, about], sort_keys=True, default=str)
+    parts = Parts(folder, key, distributed.rank()) if folder else None
+    known = parts.begin() if parts and distributed.rank() == 0 else []
+    places = distributed.broadcast_json([record["place"] for record in known])
+    done = {(first, second) for first, second in places}
+    if done:
+        log.info("%d of %d examples were decoded before; going on with the others", len(done), len(data))
+    was_training = model.training
+    model.eval()
+    share = Share(model, data, settings)
+    share.run(done, parts)
+    model.train(was_training)
+    activity.now("gathering the predictions", waiting=True)
+    shares = distributed.gather_json(share.result())
+    failure = distributed.broadcast_json(next((s["failure"] for s in shares or () if s["failure"]), None))
+    if failure:
+        code, message = failure
+        raise (BadSamplesError if code == ExitCode.BAD_SAMPLES else VoxtralDistError)(message)
+    if shares is None:
+        return None
+    fresh = [record for one in shares for record in one["records"]]
+    if len(known) + len(fresh) != len(data):
+        raise RuntimeError(f"{len(known)} + {len(fresh)} predictions for {len(data)} examples")
+    return Decodings(known + fresh, _speed(fresh, shares))
 
 
-def clips(data: EvalData, evaluation: Evaluation) -> Iterator[tuple[str, Samples]]:
-    """The sound of the first previews of each task that has any; what cannot be read is left out.
-
-    Yields:
-        ``task/number`` and float32 [n] at 16 kHz, at most CLIP_SECONDS of it.
-    """
-    shown: Counter[str] = Counter()
-    for record, (task, example) in zip(evaluation.predictions, evaluation.places, strict=True):
-        name = record["task"]
-        if not TASKS[name].has_audio or shown[name] >= CLIPS_PER_TASK:
-            continue
-        shown[name] += 1
-        shards, place = data.tasks[task].locate(example)
-        with suppress(CorruptSampleError, AudioError, OSError):
-            sound = shards.read(place).audio
-            if sound is not None:
-                yield f"{name}/{shown[name]}", decode(sound)[: CLIP_SECONDS * SAMPLE_RATE]
+def _speed(
+    records: Sequence[Mapping[str, Any]], shares: Sequence[Mapping[str, Any]]
+) -> dict[str, float | None]:
+    """How fast ``records`` were decoded: audio seconds, examples and new tokens per second of the slowest rank."""
+    slowest = max(share["seconds"] for share in shares)
+    positions = sum(share["positions"] for share in shares)
+    first, last = ([r["timing"][f"{name}_token_s"] for r in records] for name in ("first", "last"))
+    if not records or not slowest:
+        return dict.fromkeys(("samples_per_second", "rtfx"))
+    return {
+        "seconds": slowest,
+        "samples_per_second": len(records) / slowest,
+        "new_tokens_per_second": sum(r["n_new_tokens"] for r in records) / slowest,
+        "rtfx": sum(r["duration"] for r in records) / slowest,
+        "first_token_s": statistics.median(first),
+        "last_token_s": statistics.median(last),
+        "padding_share": sum(share["padding"] for share in shares) / positions if positions else 0.0,
+    }
 
 
 def write(folder: Path, evaluation: Evaluation) -> None:
     """Write ``predictions.jsonl``, ``timing.jsonl`` and, last, ``metrics.json``; readable by the owner alone."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("predictions.jsonl", evaluation.predictions), ("timing.jsonl", evaluation.timings)):
-        lines = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
-        write_bytes(folder / name, lines.encode(), private=True)
+        write_lines(folder / name, rows)
     write_json(folder / "metrics.json", evaluation.metrics, private=True)
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Publish rows as JSON lines that the owner alone can read."""
+    lines = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+    write_bytes(path, lines.encode(), private=True)

@@ -14,11 +14,13 @@ from voxtral_dist.adapter import LoraSettings
 from voxtral_dist.audio import AudioSpec
 from voxtral_dist.collator import Collator
 from voxtral_dist.config import CommaList, DataConfig, TrainConfig, split_list
+from voxtral_dist.decode_share import DecodeSettings
 from voxtral_dist.distributed import World
 from voxtral_dist.errors import UserError
 from voxtral_dist.logger import get_logger
 from voxtral_dist.packed_attention import kernel_is_right
 from voxtral_dist.packing import pack
+from voxtral_dist.row_filter import RowFilter
 from voxtral_dist.shard_cache import ShardCache
 from voxtral_dist.shard_format import file_sha256
 from voxtral_dist.task_data import TaskData, open_tasks
@@ -35,12 +37,18 @@ def open_collator(config: DataConfig) -> Collator:
 
 
 def open_data(
-    config: DataConfig, shards: CommaList, jsonl: CommaList, split: str, world: World, collator: Collator
+    config: DataConfig,
+    shards: CommaList,
+    jsonl: CommaList,
+    split: str,
+    world: World,
+    collator: Collator,
+    where: str = "",
 ) -> list[TaskData]:
     """The tasks of a split: of packed data sets, or of JSONL files that are packed into the output directory first.
 
     All ranks pack and count tokens together, each its slice, before the process group exists. Copies of shards in a
-    cache belong to one machine, so its first rank counts alone there.
+    cache belong to one machine, so its first rank counts alone there. ``where`` is ``--train_where``, of JSONL rows.
     """
     slice_ = (world.rank, world.world_size)
     if split_list(shards):
@@ -56,6 +64,7 @@ def open_data(
         Path(config.output_dir) / "shards",
         split=split,
         tasks=parse_task_list(split_list(config.tasks), split_list(jsonl), f"the {split} data"),
+        where=RowFilter(where, "--train_where"),
         slice_=slice_,
         wait=True,
         progress=world.is_main,
@@ -73,6 +82,27 @@ def load_base(config: DataConfig, device: torch.device) -> Any:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     dtype = torch.bfloat16 if use_bf16(config, device) else torch.float32
     return model.load(config.model_id, dtype, device, config.load_in_4bit)
+
+
+def decode_settings(config: DataConfig, max_new_tokens: int, audio: str = "own") -> DecodeSettings:
+    """How the flags want it decoded."""
+    return DecodeSettings(
+        rows=config.per_device_bsz,
+        max_new_tokens=max_new_tokens,
+        tokens=config.max_tokens_per_micro_batch,
+        num_workers=config.num_workers,
+        audio=audio,
+    )
+
+
+def provenance(config: DataConfig, voxtral: Any) -> dict[str, Any]:
+    """What of model and settings decides a prediction, for ``metrics.json``; ``weights`` is a hash of the adapter."""
+    return {
+        "model_id": config.model_id,
+        "weights": adapter.digest(voxtral),
+        "dtype": str(next(voxtral.parameters()).dtype).removeprefix("torch."),
+        "sqa_question": config.sqa_question,
+    }
 
 
 def lora_settings(config: TrainConfig) -> LoraSettings:

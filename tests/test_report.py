@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from voxtral_dist import report
 from voxtral_dist.errors import UserError
+from voxtral_dist.tasks import TASKS
 
 
 def columns(text: str) -> int:
@@ -23,6 +25,11 @@ def columns(text: str) -> int:
 def bars(line: str) -> list[int]:
     """The terminal columns in which ``|`` stands."""
     return [columns(line[:place]) for place, char in enumerate(line) if char == "|"]
+
+
+def cells(text: str) -> list[list[str]]:
+    """The cells of the lines of a table."""
+    return [[cell.strip() for cell in row.split("|")] for row in text.splitlines()]
 
 
 def metrics(cer: float | None, rouge: float, macro: float | None = 0.5) -> dict[str, Any]:
@@ -72,20 +79,81 @@ def test_comparison_has_both_sides() -> None:
         (metrics(0.0, 1.0), ["asr", "sqa"]),
     ],
 )
-def test_probe_verdict(swapped: dict[str, Any], deaf: list[str]) -> None:
-    text = report.probe_table(metrics(0.02, 0.95), swapped, ["asr", "sqa"])
-    verdict = text.splitlines()[-1]
-    assert verdict.startswith("audio NOT used" if deaf else "audio used")
-    assert all(name in verdict for name in deaf) and "tqa" not in text
+@pytest.mark.parametrize("probe", ["swapped", "silence"])
+def test_probe_verdict(swapped: dict[str, Any], deaf: list[str], probe: str) -> None:
+    probes = {"swapped": metrics(0.9, 0.1), "silence": metrics(0.8, 0.2)} | {probe: swapped}
+    verdict = report.probe_verdict(metrics(0.02, 0.95), probes, ["asr", "sqa"])
+    assert verdict.startswith("audio NOT used" if deaf else "audio used") and "tqa" not in verdict
+    assert all(name in verdict for name in deaf)
+    other = {"swapped": "silence", "silence": "another example"}[probe]
+    assert (other in verdict) == (not deaf)
     if len(deaf) == 1:
         assert {"asr": "sqa", "sqa": "asr"}[deaf[0]] not in verdict
+
+
+def test_probe_table_has_a_column_for_each_audio() -> None:
+    probes = {"swapped": metrics(0.9, 0.1), "silence": metrics(0.8, 0.2)}
+    rows = cells(report.probe_table(metrics(0.02, 0.95), probes, ["asr"]))
+    assert rows[0] == ["task", "metric", "own audio", "swapped audio", "silence audio"]
+    assert ["asr", "cer", "0.0200", "0.9000", "0.8000"] in rows and {row[0] for row in rows[2:]} == {"asr"}
 
 
 def test_probe_of_one_task_says_nothing_of_the_other() -> None:
     plain, swapped = metrics(0.02, 0.9), metrics(0.02, 0.1)
     for side in (plain, swapped):
         del side["tasks"]["asr"]
-    assert report.probe_verdict(plain, swapped, ["asr", "sqa"]).startswith("audio used")
+    assert report.probe_verdict(plain, {"swapped": swapped}, ["asr", "sqa"]).startswith("audio used")
+
+
+@pytest.mark.parametrize(
+    ("metric", "shown", "good", "bad"),
+    [
+        ("wer", ("wer",), 0.1, 0.9),
+        ("cer_spaced", ("cer_spaced", "wer"), 0.1, 0.9),
+        ("em", ("em", "rouge_l_f1", "bleu"), 0.9, 0.1),
+        ("chrf", ("chrf", "rouge_l_f1", "em", "bleu"), 70.0, 20.0),
+    ],
+)
+def test_a_new_task_is_shown_and_probed_by_its_metric(
+    monkeypatch: pytest.MonkeyPatch, metric: str, shown: tuple[str, ...], good: float, bad: float
+) -> None:
+    monkeypatch.setitem(TASKS, "st", dataclasses.replace(TASKS["sqa"], name="st", metric=metric))
+    assert report.headlines("st") == shown
+
+    def scored(value: float) -> dict[str, Any]:
+        return {"tasks": {"st": {"n": 3, metric: value}}, "macro": 0.5, "weighted": 0.5, "balance": 1.0}
+
+    assert ["st", metric, f"{good:.4f}"] in cells(report.score_table(scored(good)))
+    audio, deaf = {"swapped": scored(bad)}, {"swapped": scored(good + (bad - good) / 20)}
+    assert report.probe_verdict(scored(good), audio, ["st"]).startswith("audio used")
+    assert report.probe_verdict(scored(good), deaf, ["st"]).startswith("audio NOT used")
+    assert report.probe_verdict(scored(bad), {"swapped": scored(good)}, ["st"]).startswith("audio NOT used")
+
+
+def test_a_task_of_another_version_is_shown_by_what_it_has() -> None:
+    scores = {"n": 3, "bliss": 0.25, "joy": None}
+    text = report.score_table({"tasks": {"xyz": scores}, "macro": None, "weighted": None, "balance": None})
+    assert ["xyz", "bliss", "0.2500"] in cells(text) and ["xyz", "joy", "n/a"] in cells(text)
+
+
+def test_intervals_stand_beside_their_numbers_and_few_clusters_are_named() -> None:
+    values = metrics(0.0142, 0.9) | {
+        "intervals": {
+            "asr": {"cer": [0.006, 0.0239]},
+            "sqa": {},
+            "macro": [0.4, 0.6],
+            "clusters": {"asr": 3, "sqa": 20},
+        }
+    }
+    text = report.score_table(values)
+    rows = cells(text)
+    assert ["asr", "cer", "0.0142 [0.006, 0.024]"] in rows and ["asr", "wer", "1.0000"] in rows
+    assert ["all", "macro", "0.5000 [0.400, 0.600]"] in rows and ["sqa", "rouge_l_f1", "0.9000"] in rows
+    assert text.splitlines()[-1].endswith("asr (3)") and "95 % interval" in text.splitlines()[-2]
+    assert len({tuple(bars(line)) for line in text.splitlines()[:-2]}) == 1
+    assert "[" not in report.score_table(metrics(0.1, 0.9))
+    both = cells(report.comparison_table(metrics(1.0, 0.0), values))
+    assert ["asr", "cer", "1.0000", "0.0142 [0.006, 0.024]"] in both
 
 
 def test_previews_show_reference_beside_hypothesis() -> None:

@@ -7,16 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from voxtral_dist.errors import UserError
-
-ERROR_RATES = ("cer", "cer_spaced", "wer", "swer")
-"""Scores of which less is better."""
-
-
-SCORES = {
-    "cer": ERROR_RATES,
-    "rouge_l_f1": ("rouge_l_f1", "em", "korquad_em", "korquad_f1", "bleu"),
-}
-"""Scores that can decide, by the headline metric of a task."""
+from voxtral_dist.scoring import ERROR_RATES, scores_beside
 
 
 def check_metric(name: str, headlines: Mapping[str, str]) -> None:
@@ -29,7 +20,11 @@ def check_metric(name: str, headlines: Mapping[str, str]) -> None:
     Raises:
         UserError: there is no such score.
     """
-    known = ["macro", "weighted", *(f"{t}.{s}" for t, metric in headlines.items() for s in SCORES[metric])]
+    known = [
+        "macro",
+        "weighted",
+        *(f"{t}.{s}" for t, metric in headlines.items() for s in scores_beside(metric)),
+    ]
     if name not in known:
         raise UserError(f"--best_metric {name}: no such score of this dev data; there are {', '.join(known)}")
 

@@ -24,6 +24,7 @@ import torch
 from voxtral_dist import atomic
 from voxtral_dist.errors import UserError
 from voxtral_dist.logger import get_logger
+from voxtral_dist.scoring import ERROR_RATES
 from voxtral_dist.tasks import TASKS
 
 log = get_logger(__name__)
@@ -32,7 +33,7 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 
 _SCORES = {name: f"^eval_{name}/{task.metric}$" for name, task in TASKS.items()}
-_ERROR_RATES = [_SCORES[name] for name, task in TASKS.items() if task.metric == "cer"]
+_ERROR_RATES = [_SCORES[name] for name, task in TASKS.items() if task.metric in ERROR_RATES]
 
 LAYOUT = {
     "tasks": {
@@ -41,6 +42,7 @@ LAYOUT = {
         "score, higher is better": [*sorted(set(_SCORES.values()) - set(_ERROR_RATES)), r"^eval/macro$"],
         "error rate, lower is better": _ERROR_RATES,
         "share of the examples so far": [r"^mix/"],
+        "likeness of the tasks' gradients": [r"^interference/"],
         "share of a step's target tokens": [r"^target_token_share/"],
     },
     "training": {

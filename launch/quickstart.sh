@@ -49,9 +49,11 @@ NPROC="$ranks" bash "$here/evaluate.sh" "${common[@]}" --lora_dir "$run" --outpu
 
 say "done"
 "$PYTHON" -m voxtral_dist.report "$run/eval"
+"$PYTHON" "$here/../tools/report_run.py" "$run" # again, with the two evaluations
 cat <<END
 
 Look at (all below $run):
+  report.html                     all of the below on one page, for a browser
   metrics.jsonl                   every step: loss per task, learning rate, gradient norm, speed
   tensorboard/                    the same as curves: $PYTHON -m tensorboard.main --logdir $run/tensorboard
   eval/step-*/predictions.jsonl   reference beside prediction, before and after training

@@ -1,7 +1,8 @@
-"""Decode and score dev sets with an adapter, or with the base model.
+"""Decode and score dev sets with an adapter, or with the base model; or predict without references.
 
 bash launch/evaluate.sh --lora_dir runs/one --val_shards asr/dev,sqa/dev            a run: its best checkpoint
 bash launch/evaluate.sh --model_id mistralai/Voxtral-Mini-3B-2507 --val_jsonl dev.jsonl --output_dir runs/base
+bash launch/evaluate.sh --lora_dir runs/one --predict call.wav,interviews/ --task asr --language ko --output_dir out
 deepspeed|torchrun|srun|python launch/evaluate.py FLAGS          the same flags under any launcher; --help lists them
 """
 
@@ -26,10 +27,11 @@ def run(world: World) -> None:
     config = settings.parse(EvalConfig, sys.argv[1:], "evaluate.py")
     setup_logging(world.rank)
     from voxtral_dist.evaluation_run import evaluate, with_run_settings
+    from voxtral_dist.prediction_run import predict
 
     config = with_run_settings(config)
     with run_dir.exit_status(config.output_dir, active=world.is_main):
-        evaluate(config, world)
+        (predict if config.predict else evaluate)(config, world)
 
 
 if __name__ == "__main__":

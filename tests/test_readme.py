@@ -101,6 +101,8 @@ def test_flag_tables_are_complete_and_name_the_defaults(name: str) -> None:
 def test_no_unknown_flag_is_named(name: str) -> None:
     builder = load_script("tools/build_shards.py")._parser()
     known = OF_OTHERS | {"--config", "--no_bf16"} | {f for a in builder._actions for f in a.option_strings}
+    for tool in ("rescore", "analyze_errors", "compare_runs", "report_run", "run_experiment"):
+        known |= set(re.findall(r'"(--[a-z_]+)"', (ROOT / f"tools/{tool}.py").read_text("utf-8")))
     known |= {f"--{field.name}" for c in OF_SCRIPT.values() for field in dataclasses.fields(c)}
     named = set(re.findall(r"`(--[\w-]+)", prose(read(name))))
     assert named and named <= known, f"unknown: {sorted(named - known)}"

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from voxtral_dist import adapter, checkpoint, distributed, evaluator, prediction_parts, prepare, report
+from voxtral_dist import checkpoint, distributed, evaluator, prediction_parts, prepare, report
 from voxtral_dist.atomic import write_json
 from voxtral_dist.config import EvalConfig, load_yaml
 from voxtral_dist.distributed import World
@@ -38,9 +38,11 @@ def with_run_settings(config: EvalConfig) -> EvalConfig:
                 f"--sqa_question {config.sqa_question}: {lora_dir} was trained with {trained!r}, it would be scored on "
                 f"prompts it never saw; give --sqa_question {trained}"
             )
-        left = [name for name in OF_THE_RUN if getattr(config, name) == getattr(EvalConfig, name)]
+        names = OF_THE_RUN if not config.predict else tuple(name for name in OF_THE_RUN if name != "max_len")
+        left = [name for name in names if getattr(config, name) == getattr(EvalConfig, name)]
         config = replace(config, **{name: run[name] for name in left if name in run})
-        config = replace(config, output_dir=config.output_dir or str(lora_dir / "evaluations" / "latest"))
+        out = lora_dir / ("predictions" if config.predict else "evaluations/latest")
+        config = replace(config, output_dir=config.output_dir or str(out))
     for name in ("model_id", "output_dir"):
         if not getattr(config, name):
             raise UserError(f"--{name} is missing; without it --lora_dir must be a run directory")
@@ -53,17 +55,16 @@ def evaluate(config: EvalConfig, world: World) -> None:
     Raises:
         UserError: the model, the adapter or the data are not what the flags say.
     """
-    folder = checkpoint.find_adapter(Path(config.lora_dir)) if config.lora_dir else None
+    if config.lora_dir:
+        checkpoint.find_adapter(Path(config.lora_dir))  # before anything is packed
     collator = prepare.open_collator(config)
     tasks = prepare.open_data(config, config.val_shards, config.val_jsonl, "dev", world, collator)
     data = EvalData(tasks, collator, config.max_len)
     device = distributed.local_device(world)
     distributed.start(device)
     try:
-        model = prepare.load_base(config, device)
-        if folder:
-            model = adapter.load(model, folder).to(device)
-        _evaluate_and_write(config, model, data, str(folder) if folder else None)
+        model, adapter_path = prepare.decoding_model(config, device)
+        _evaluate_and_write(config, model, data, adapter_path)
     finally:
         distributed.stop()
 

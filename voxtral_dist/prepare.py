@@ -13,7 +13,7 @@ from voxtral_dist import adapter, checkpoint, model, run_dir
 from voxtral_dist.adapter import LoraSettings
 from voxtral_dist.audio import AudioSpec
 from voxtral_dist.collator import Collator
-from voxtral_dist.config import CommaList, DataConfig, TrainConfig, split_list
+from voxtral_dist.config import CommaList, DataConfig, EvalConfig, TrainConfig, split_list
 from voxtral_dist.decode_share import DecodeSettings
 from voxtral_dist.distributed import World
 from voxtral_dist.errors import UserError
@@ -82,6 +82,17 @@ def load_base(config: DataConfig, device: torch.device) -> Any:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     dtype = torch.bfloat16 if use_bf16(config, device) else torch.float32
     return model.load(config.model_id, dtype, device, config.load_in_4bit)
+
+
+def decoding_model(config: EvalConfig, device: torch.device) -> tuple[Any, str | None]:
+    """The model to decode with, with the adapter that ``--lora_dir`` means, and the folder of that.
+
+    Raises:
+        UserError: there is none, or it does not fit the model.
+    """
+    folder = checkpoint.find_adapter(Path(config.lora_dir)) if config.lora_dir else None
+    base = load_base(config, device)
+    return (adapter.load(base, folder).to(device), str(folder)) if folder else (base, None)
 
 
 def decode_settings(config: DataConfig, max_new_tokens: int, audio: str = "own") -> DecodeSettings:

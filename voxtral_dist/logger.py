@@ -33,11 +33,17 @@ class _RankFormatter(logging.Formatter):
 
 
 class _BesideBars(logging.StreamHandler):
-    """Writes a line above a progress bar, which would otherwise stand on the same line."""
+    """Writes a line above a progress bar, which would otherwise stand on the same line.
+
+    Nobody at the other end of stderr is no reason to stop.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=self.stream)
-        self.flush()
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+            self.flush()
+        except (OSError, ValueError):
+            self.handleError(record)
 
 
 def setup_logging(rank: int, debug: bool = False) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,10 @@ MIN_RATE, MAX_RATE = 4_000, 192_000
 MAX_FILE_BYTES = 1 << 30
 MAX_DECODED_BYTES = 1 << 30
 """Cap on frames x channels x 4: 40 minutes of 48 kHz stereo fit."""
+
+LONG_SECONDS = 12 * 60 * 60
+LONG_FILE_BYTES = 1 << 32
+"""Limits of a recording that is read part by part and never decoded as a whole."""
 
 MAX_PEAK = 32.0
 """Float samples belong in -1..1. A little over is clipped; far over means integers stored as floats."""
@@ -97,6 +103,49 @@ def probe(path: str | Path) -> float:
             return float(audio.frames / audio.samplerate)
 
 
+@contextmanager
+def open_long(path: str | Path) -> Iterator[soundfile.SoundFile]:
+    """A recording of up to twelve hours, to read part by part; its header is checked, its samples are not yet.
+
+    Raises:
+        AudioError, OSError: as :func:`decode`.
+    """
+    with open(path, "rb") as file:
+        _check_container(file.read(_HEAD_BYTES), os.fstat(file.fileno()).st_size, LONG_FILE_BYTES)
+        file.seek(0)
+        with _opened(file, LONG_SECONDS) as audio:
+            yield audio
+
+
+def read_mono(audio: soundfile.SoundFile, frames: int = -1) -> Samples:
+    """The next frames of an open file, or all, as float32 (n,) at its own rate; fewer at its end.
+
+    Raises:
+        AudioError: damaged, or with non-finite samples.
+    """
+    try:
+        samples: Samples = audio.read(frames, dtype="float32", always_2d=True)
+    except soundfile.SoundFileError as error:
+        raise AudioError(f"cannot be decoded ({_text(error)})") from None
+    if not np.isfinite(samples).all():
+        raise AudioError("has NaN or infinite samples")
+    if np.abs(samples).max(initial=0.0) > MAX_PEAK:
+        raise AudioError(f"has samples up to {np.abs(samples).max():.0f}; floating-point audio lies in -1..1")
+    return samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
+
+
+def to_16k(mono: Samples, rate: int) -> Samples:
+    """Mono samples at 16 kHz: :func:`resampled_length` of them."""
+    if rate != SAMPLE_RATE and len(mono):
+        mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
+    return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def resampled_length(frames: int, rate: int) -> int:
+    """How many samples :func:`to_16k` makes of ``frames``: soxr rounds halves up."""
+    return (2 * frames * SAMPLE_RATE + rate) // (2 * rate)
+
+
 def _read(path: Path) -> bytes:
     with path.open("rb") as file:
         _check_size(os.fstat(file.fileno()).st_size)
@@ -106,47 +155,37 @@ def _read(path: Path) -> bytes:
 def _decode(data: bytes) -> Samples:
     _check_container(data[:_HEAD_BYTES], len(data))
     with _opened(io.BytesIO(data)) as file:
-        try:
-            frames: Samples = file.read(dtype="float32", always_2d=True)
-        except soundfile.SoundFileError as error:
-            raise AudioError(f"cannot be decoded ({_text(error)})") from None
-        if file.format == "FLAC" and len(frames) != file.frames:
-            raise AudioError(f"truncated: {len(frames)} of {file.frames} frames could be decoded")
-        rate = file.samplerate
-    if not np.isfinite(frames).all():
-        raise AudioError("has NaN or infinite samples")
-    if np.abs(frames).max(initial=0.0) > MAX_PEAK:
-        raise AudioError(f"has samples up to {np.abs(frames).max():.0f}; floating-point audio lies in -1..1")
-    mono = frames[:, 0] if frames.shape[1] == 1 else frames.mean(axis=1, dtype=np.float32)
-    if rate != SAMPLE_RATE and len(mono):
-        mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
-    if not len(mono):
+        mono = read_mono(file)
+        if file.format == "FLAC" and len(mono) != file.frames:
+            raise AudioError(f"truncated: {len(mono)} of {file.frames} frames could be decoded")
+        samples = to_16k(mono, file.samplerate)
+    if not len(samples):
         raise AudioError("has no samples")
-    return np.ascontiguousarray(mono, dtype=np.float32)
+    return samples
 
 
-def _opened(file: io.BufferedIOBase) -> soundfile.SoundFile:
+def _opened(file: io.BufferedIOBase, max_seconds: int = MAX_SECONDS) -> soundfile.SoundFile:
     """The decoder of an open file, its header checked."""
     try:
         audio = soundfile.SoundFile(file)
     except soundfile.SoundFileError as error:
         raise AudioError(f"cannot be decoded ({_text(error)})") from None
     try:
-        _check_header(audio)
+        _check_header(audio, max_seconds)
     except AudioError:
         audio.close()
         raise
     return audio
 
 
-def _check_size(size: int) -> None:
-    if size > MAX_FILE_BYTES:
-        raise AudioError(f"file of {size} bytes, at most {MAX_FILE_BYTES} are accepted")
+def _check_size(size: int, most: int = MAX_FILE_BYTES) -> None:
+    if size > most:
+        raise AudioError(f"file of {size} bytes, at most {most} are accepted")
 
 
-def _check_container(head: bytes, size: int) -> None:
+def _check_container(head: bytes, size: int, max_bytes: int = MAX_FILE_BYTES) -> None:
     """Refuse by the first bytes what must not even reach the decoder library."""
-    _check_size(size)
+    _check_size(size, max_bytes)
     if not head:
         raise AudioError("file is empty")
     if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
@@ -178,7 +217,7 @@ def _check_wav(head: bytes, size: int) -> None:
     raise AudioError("WAV file without a format chunk")
 
 
-def _check_header(audio: soundfile.SoundFile) -> None:
+def _check_header(audio: soundfile.SoundFile, max_seconds: int) -> None:
     if audio.subtype not in CODECS.get(audio.format, frozenset()):
         raise AudioError(f"{audio.format} {audio.subtype} is not accepted")
     if audio.channels > MAX_CHANNELS:
@@ -189,10 +228,10 @@ def _check_header(audio: soundfile.SoundFile) -> None:
         raise AudioError("has no samples")
     if audio.frames >= 1 << 62:
         raise AudioError("the header does not state the length; convert the file once more")
-    if audio.frames > MAX_SECONDS * audio.samplerate:
+    if audio.frames > max_seconds * audio.samplerate:
         minutes = audio.frames / audio.samplerate / 60
-        raise AudioError(f"{minutes:.1f} minutes of audio, at most {MAX_SECONDS // 60} are accepted")
-    if audio.frames * audio.channels * 4 > MAX_DECODED_BYTES:
+        raise AudioError(f"{minutes:.1f} minutes of audio, at most {max_seconds // 60} are accepted")
+    if max_seconds == MAX_SECONDS and audio.frames * audio.channels * 4 > MAX_DECODED_BYTES:
         raise AudioError(f"{audio.frames} frames of {audio.channels} channels decode to too many bytes")
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ FLAC_RATIO = {".wav": 0.6, ".flac": 1.0, ".mp3": 5.0, ".ogg": 5.0, ".opus": 6.0}
 Row = dict[str, Any]
 FileStat = tuple[int, int]
 """Size in bytes and modification time in ns."""
+
+Keep = Callable[[Row, str | None], bool]
+"""Whether a row with this task, None for an unclear one, takes part; see
+:class:`voxtral_dist.row_filter.RowFilter`."""
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -93,21 +97,24 @@ class BadRow:
     task: str | None
 
 
-def scan(path: Path, task_name: str | None = None) -> Iterator[ScannedRow | BadRow]:
+def scan(path: Path, task_name: str | None = None, keep: Keep | None = None) -> Iterator[ScannedRow | BadRow]:
     """Every row of one JSONL file in order; blank lines are skipped but counted.
 
     Args:
         path: the file. A relative ``audio_path`` starts from its folder.
         task_name: task of the rows without a ``task`` field; None to tell it from each row's keys.
+        keep: leave out the rows it is false of, before anything else of them is looked at; None: all take part.
 
     Raises:
         UserError: there is no such file, or a line of over a megabyte (then it is not JSONL).
     """
     known: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for place, raw in _lines(path):
+    for place, raw in lines(path):
         row: Row = {}
         try:
             row = decode_row(raw)
+            if keep is not None and not keep(row, _route(row, task_name)):
+                continue
             keys = tuple(sorted(row))
             yield _scan_row(row, place, known.setdefault(keys, keys), task_name)
         except (ValueError, UserError) as error:
@@ -170,8 +177,8 @@ class DuplicateFinder:
         return f"id {row.id!r} is that of {first.where} too; give the rows of a data set different ids"
 
 
-def _lines(path: Path) -> Iterator[tuple[Place, bytes]]:
-    """Place and bytes of every line that is not blank."""
+def lines(path: Path) -> Iterator[tuple[Place, bytes]]:
+    """Place and bytes of every line that is not blank; errors as of :func:`scan`."""
     if not path.is_file():
         raise UserError(f"{path}: no such JSONL file; check the path")
     line, offset = 0, 0

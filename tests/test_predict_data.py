@@ -18,7 +18,7 @@ from harness import ROOT
 from voxtral_dist import evaluator
 from voxtral_dist import model as modeling
 from voxtral_dist.audio import AudioSpec, log_mel
-from voxtral_dist.audio_file import AudioError, Samples, decode, read_mono, resampled_length, to_16k
+from voxtral_dist.audio_file import AudioError, Samples, decode, read_mono, resampled_length, to_16k, to_flac
 from voxtral_dist.batch import DecodeCaps
 from voxtral_dist.collator import Collator
 from voxtral_dist.decode_share import DecodeSettings
@@ -200,8 +200,9 @@ def test_an_mp3_that_says_less_than_it_holds_is_refused(tmp_path: Path) -> None:
         bad.write_bytes(content)
         found = measure(bad, None)
         assert "the rest would be lost" in found.error and found.piece_samples == [0]
-        with pytest.raises(AudioError, match="would be lost"):
-            read_piece(bad, found, 0)
+        for read in (lambda bad=bad, found=found: read_piece(bad, found, 0), lambda bad=bad: to_flac(bad)):
+            with pytest.raises(AudioError, match="would be lost"):
+                read()
     for name, content in {"more": xing(path, 3), "half": data[: len(data) // 2]}.items():
         odd = tmp_path / f"{name}.mp3"
         odd.write_bytes(content)

@@ -7,6 +7,7 @@ and codec against an allow-list, channels, rate, duration, decoded size.
 from __future__ import annotations
 
 import io
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ import numpy as np
 import soundfile
 import soxr
 from numpy.typing import NDArray
+
+from voxtral_dist.mpeg import count_frames
 
 SAMPLE_RATE = 16_000
 """Rate of everything behind this module, in Hz."""
@@ -30,6 +33,9 @@ MAX_DECODED_BYTES = 1 << 30
 LONG_SECONDS = 12 * 60 * 60
 LONG_FILE_BYTES = 1 << 32
 """Limits of a recording that is read part by part and never decoded as a whole."""
+
+MP3_TOLERANCE = 8
+"""MPEG frames by which an MP3's stated length may fall short: encoders trim the start and the end."""
 
 MAX_PEAK = 32.0
 """Float samples belong in -1..1. A little over is clipped; far over means integers stored as floats."""
@@ -155,6 +161,8 @@ def _read(path: Path) -> bytes:
 def _decode(data: bytes) -> Samples:
     _check_container(data[:_HEAD_BYTES], len(data))
     with _opened(io.BytesIO(data)) as file:
+        if file.format == "MP3":
+            mp3_samples(file, data)
         mono = read_mono(file)
         if file.format == "FLAC" and len(mono) != file.frames:
             raise AudioError(f"truncated: {len(mono)} of {file.frames} frames could be decoded")
@@ -162,6 +170,24 @@ def _decode(data: bytes) -> Samples:
     if not len(samples):
         raise AudioError("has no samples")
     return samples
+
+
+def mp3_samples(audio: soundfile.SoundFile, data: bytes | mmap.mmap) -> int | None:
+    """Samples that the frames of an MP3 hold, None where none is found.
+
+    Raises:
+        AudioError: more than its header states, which is what the decoder would stop at.
+    """
+    counted = count_frames(data)
+    if counted is None:
+        return None
+    frames, samples = counted
+    if frames * samples - audio.frames > MP3_TOLERANCE * samples:
+        raise AudioError(
+            f"its header states {audio.frames / audio.samplerate:.1f} of {frames * samples / audio.samplerate:.1f} "
+            "seconds and the rest would be lost; convert the file once more"
+        )
+    return frames * samples
 
 
 def _opened(file: io.BufferedIOBase, max_seconds: int = MAX_SECONDS) -> soundfile.SoundFile:

@@ -19,13 +19,13 @@ from voxtral_dist.audio_file import (
     SAMPLE_RATE,
     AudioError,
     Samples,
+    mp3_samples,
     open_long,
     read_mono,
     resampled_length,
     to_16k,
 )
 from voxtral_dist.jsonl import FileStat, file_stat
-from voxtral_dist.mpeg import count_frames
 from voxtral_dist.pauses import split_points
 
 BLOCK_HOPS = 6000
@@ -35,9 +35,6 @@ PREROLL_SECONDS = {"MP3": 20, "OGG": 20}
 """Decoded before a piece: frames of MP3 take bits from earlier ones, and libsndfile misses places in the last page of
 an Ogg file by some milliseconds.
 """
-
-MP3_TOLERANCE = 8
-"""MPEG frames by which an MP3's stated length may fall short: encoders trim the start and the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,17 +123,8 @@ def _count_frames(path: Path, audio: soundfile.SoundFile) -> int:
     if audio.format != "MP3":
         return int(audio.frames)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        counted = count_frames(data)
-    if counted is None:
-        return int(audio.frames)
-    frames, samples = counted
-    short = frames * samples - audio.frames
-    if short > MP3_TOLERANCE * samples:
-        raise AudioError(
-            f"its header states {audio.frames / audio.samplerate:.1f} of {frames * samples / audio.samplerate:.1f} "
-            "seconds and the rest would be lost; convert the file once more"
-        )
-    if short >= 0:
+        held = mp3_samples(audio, data)
+    if held is None or held >= audio.frames:
         return int(audio.frames)
     found = sum(len(block) for block in _blocks(audio))
     audio.seek(0)

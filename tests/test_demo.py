@@ -185,6 +185,24 @@ def test_the_unseen_voice_is_heard_only_in_its_own_set(demo: Path) -> None:
     assert voices["asr.dev.jsonl"] == voices["sqa.train.jsonl"] == {"v1", "v2", "v3", "v4"}
 
 
+def test_the_domain_of_a_row_is_how_it_is_spoken(demo: Path, composer: ModuleType) -> None:
+    """Both speeds in every language of every set, and the slow one takes longer for the same words."""
+    speeds = json.loads((BANK / "words.json").read_text("utf-8"))["speeds"]
+    assert [composer.DOMAINS[name] for name in sorted(speeds, key=speeds.get)] == ["slow", "fast"]
+    for path in demo.glob("[as]*.jsonl"):
+        found = {(row["domain"], row["language"]) for row in rows(path)}
+        assert found == {(domain, language) for domain in ("slow", "fast") for language in ("ko", "en")}
+    for path in demo.glob("tqa*.jsonl"):
+        assert {row["domain"] for row in rows(path)} == {"digits"}
+    asr, sqa = rows(demo / "asr.train.jsonl"), rows(demo / "sqa.train.jsonl")
+    assert [row["domain"] for row in asr] == [row["domain"] for row in sqa]
+    per_word: dict[str, list[float]] = {"slow": [], "fast": []}
+    for row in asr:
+        seconds = soundfile.info(demo / row["audio_path"]).duration
+        per_word[row["domain"]].append(seconds / len(row["transcript"].split()))
+    assert np.mean(per_word["slow"]) > 1.1 * np.mean(per_word["fast"])
+
+
 def test_every_utterance_is_mono_16_khz_and_under_two_seconds(demo: Path) -> None:
     named = {row["audio_path"] for path in demo.glob("[as]*.jsonl") for row in rows(path)}
     assert named == {str(path.relative_to(demo)) for path in demo.glob("audio/*")}

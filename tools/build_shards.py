@@ -25,6 +25,7 @@ from voxtral_dist.errors import UserError, run_main
 from voxtral_dist.foreign import index_tars
 from voxtral_dist.lengths import example_lengths
 from voxtral_dist.packing import FileReport, check, pack
+from voxtral_dist.row_filter import FILTER_FIELDS, RowFilter
 from voxtral_dist.shards import ShardSet
 from voxtral_dist.tasks import parse_task_list
 from voxtral_dist.tokenizer import TekkenVocabulary
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _index(flags: argparse.Namespace) -> list[Path]:
     """Index foreign tars; the folder."""
-    for name in ("jsonl", "out", "tasks", "slice", "finalize", "check"):
+    for name in ("jsonl", "out", "tasks", "where", "slice", "finalize", "check"):
         if getattr(flags, name):
             raise UserError(f"--index_only takes the tars as they are; leave out --{name}")
     if not flags.task:
@@ -73,8 +74,10 @@ def _pack(flags: argparse.Namespace) -> list[Path]:
     tasks = parse_task_list(_split(flags.tasks), files, "--jsonl")
     if not files:
         raise UserError("--jsonl names no file; give one or more JSONL files separated by commas")
+    where = RowFilter(flags.where)
     if flags.check:
-        _report(check([Path(file) for file in files], tasks, progress=True))
+        keep = where if flags.where else None
+        _report(check([Path(file) for file in files], tasks, progress=True, keep=keep))
         return []
     if not flags.out:
         raise UserError("--out is missing; say where the data sets go, or give --check to only read")
@@ -87,6 +90,7 @@ def _pack(flags: argparse.Namespace) -> list[Path]:
         flags.out,
         split=flags.split,
         tasks=tasks,
+        where=where,
         shard_bytes=int(flags.shard_mb * (1 << 20)),
         slice_=None if flags.finalize else flags.slice or (0, 1),
         finalize=not flags.slice,
@@ -109,6 +113,12 @@ def _parser() -> argparse.ArgumentParser:
         "--tasks",
         default="",
         help="task of each file (asr, sqa, tqa), comma separated; default: by the rows' keys",
+    )
+    add(
+        "--where",
+        default="",
+        help="pack only matching rows, e.g. 'domain!=call' or 'language=ko; domain=call,clinic'; fields: "
+        f"{', '.join(FILTER_FIELDS)}",
     )
     add(
         "--model_id",

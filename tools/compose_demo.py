@@ -3,8 +3,9 @@
 Writes ``OUT/{asr,sqa,tqa}.{train,dev}.jsonl``, ``OUT/asr.unseen_voice.jsonl``, ``OUT/audio/*.flac`` and
 ``OUT/composition.json``. An utterance is one to three digits of one language, spoken by one voice at one speed,
 shorter than the 2-s chunk of the demo's model. One in five word sequences of each length is kept for the dev sets:
-it occurs in no training row of any task. The SQA rows ask about the audio of the ASR rows. The same settings
-and bank give the same bytes; called again on a finished OUT it says so and does nothing.
+it occurs in no training row of any task. The SQA rows ask about the audio of the ASR rows. The domain of a spoken row
+is its speed, slow or fast, that of a written one digits. The same settings and bank give the same bytes; called again
+on a finished OUT it says so and does nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from voxtral_dist.atomic import holds, new_folder
 from voxtral_dist.errors import UserError, run_main
 
-VERSION = "demo/1"
+VERSION = "demo/2"
 """Part of the fingerprint. Changing what is composed from the same settings and bank must change it."""
 
 RECORD = "composition.json"
@@ -48,6 +49,11 @@ Pool = dict[str, list[list[Digits]]]
 Row = dict[str, str]
 Clip = npt.NDArray[np.float32]
 T = TypeVar("T")
+
+DOMAINS = {"s1": "slow", "s2": "fast"}
+"""Domain of the utterances of each speed of the bank; written rows have the domain :data:`WRITTEN`."""
+
+WRITTEN = "digits"
 
 PICK: dict[str, Callable[[Digits], int]] = {"first": lambda d: d[0], "last": lambda d: d[-1], "largest": max}
 QUESTIONS = {
@@ -172,7 +178,7 @@ def audio_rows(
         soundfile.write(out / path, sound, SAMPLE_RATE, subtype="PCM_16")
         question, answer = ask(rng, language, digits, ("first", "last"))
         words = bank.words[language]
-        about = {"language": language, "speaker": voice, "domain": "digits", "audio_path": path}
+        about = {"language": language, "speaker": voice, "domain": DOMAINS[speed], "audio_path": path}
         asr.append({"id": f"asr-{name}-{i:05d}", **about, "transcript": " ".join(words[d] for d in digits)})
         sqa.append({"id": f"sqa-{name}-{i:05d}", **about, "question": question, "answer": words[answer]})
     return asr, sqa
@@ -186,7 +192,7 @@ def text_rows(name: str, count: int, stream: tuple[int, int], pool: Pool, bank: 
         language, digits = draw(rng, pool)
         question, answer = ask(rng, language, digits, PICK)
         words = bank.words[language]
-        about = {"language": language, "domain": "digits", "instruction": question, "output": words[answer]}
+        about = {"language": language, "domain": WRITTEN, "instruction": question, "output": words[answer]}
         rows.append({"id": f"tqa-{name}-{i:05d}", **about, "input": " ".join(words[d] for d in digits)})
     return rows
 

@@ -64,7 +64,9 @@ def main() -> None:
 def load(flags: TrainConfig, world: World, checkpoint_dir: Path | None) -> TrainData:
     """The training data of a run, planned for some number of ranks."""
     collator = prepare.open_collator(flags)
-    tasks = prepare.open_data(flags, flags.train_shards, flags.train_jsonl, "train", ALONE, collator)
+    tasks = prepare.open_data(
+        flags, flags.train_shards, flags.train_jsonl, "train", ALONE, collator, flags.train_where
+    )
     return plan_data(flags, world, tasks, collator, checkpoint_dir)
 
 

@@ -36,6 +36,8 @@ class DataConfig:
         tasks: task of each data file in order, comma separated (asr, sqa, tqa); empty: detected by the keys
         sqa_question: 'written': the question follows the audio; 'spoken': the audio is the question
         per_device_bsz: examples per rank and micro-batch (rows of one forward pass)
+        max_tokens_per_micro_batch: positions of one forward pass, padding and, in decoding, the answers included;
+            0: per_device_bsz x max_len
         max_len: language-model positions an example may take, audio included
         load_in_4bit: keep the language model's frozen linears in 4 bits (NF4); needs the extra voxtral-dist[4bit]
         bf16: bfloat16 for the frozen model and the matrix products; default: yes on a GPU, no on a CPU
@@ -54,6 +56,7 @@ class DataConfig:
     tasks: CommaList = ""
     sqa_question: Literal["written", "spoken"] = "written"
     per_device_bsz: int = 4
+    max_tokens_per_micro_batch: int = 0
     max_len: int = 2048
     load_in_4bit: bool = False
     bf16: bool | None = None
@@ -66,7 +69,8 @@ class DataConfig:
         """Check what does not need the data. Raises :class:`UserError` with one line."""
         for name in ("per_device_bsz", "max_len", "num_workers"):
             _at_least(self, name, 1)
-        _at_least(self, "shard_cache_gb", 0.0)
+        for name in ("shard_cache_gb", "max_tokens_per_micro_batch"):
+            _at_least(self, name, 0)
         if split_list(self.val_shards) and split_list(self.val_jsonl):
             raise UserError(
                 "both --val_shards and --val_jsonl are given; the dev data would be ambiguous, give one"
@@ -87,12 +91,13 @@ class TrainConfig(DataConfig):
     Attributes:
         train_shards: packed training sets, comma separated folders (each holds a manifest.json) or https and s3 URLs
         train_jsonl: training sets as JSONL, comma separated; packed into the output directory first
+        train_where: pack only the rows of train_jsonl that match: 'domain!=call' or 'language=ko; domain=call,clinic',
+            of the fields language, domain, speaker, document and task; empty: all
         grad_accum: micro-batches of per_device_bsz examples per rank and step, at the first start
         global_batch_size: examples per optimizer step over all ranks; 0: per_device_bsz x grad_accum x ranks
         epochs: one epoch is as many draws as there are training examples in all tasks together
         max_steps: optimizer steps; 0: as --epochs says
         max_overlong_rate: share of training examples above --max_len that may be left out
-        max_tokens_per_micro_batch: padded positions of one forward pass; 0: per_device_bsz x max_len
         packed: put several examples into one row instead of padding; the loss and the gradient are the same
         task_weights: share of examples per task, '1.0,1.5,1.2' in the order asr,sqa,tqa or 'asr=1,tqa=2';
             empty: in proportion to the number of examples
@@ -120,10 +125,11 @@ class TrainConfig(DataConfig):
         lora_dora: train the length of each weight's rows apart from their direction (DoRA)
         eval_steps: decode the dev sets every so many steps, besides before and after training; 0: only those two
         val_loss_steps: measure the loss of 64 dev examples per task every so many steps; 0: never
+        grad_conflict_steps: compare the gradients of the tasks on 16 dev examples each every so many steps; 0: never
         best_metric: what names the best checkpoint: macro, weighted or TASK.SCORE such as asr.cer
         early_stopping_patience: stop after so many evaluations without a gain, in the last stage; 0: never
         early_stopping_min_delta: gain of the best score that counts
-        eval_max_new_tokens: most tokens a decoded answer may have
+        eval_max_new_tokens: most tokens a decoded answer may have; 0: a transcript by the length of its audio, else 256
         save_steps: write a checkpoint every so many steps, besides at evaluations and the end; 0: only those
         save_total_limit: checkpoints kept besides the best one
         max_failed_saves: give up after so many checkpoints in a row that could not be written; 0: after the first
@@ -141,12 +147,12 @@ class TrainConfig(DataConfig):
 
     train_shards: CommaList = ""
     train_jsonl: CommaList = ""
+    train_where: str = ""
     grad_accum: int = 1
     global_batch_size: int = 0
     epochs: float = 1.0
     max_steps: int = 0
     max_overlong_rate: float = 0.01
-    max_tokens_per_micro_batch: int = 0
     packed: bool = False
     task_weights: str = ""
     stages: str = ""
@@ -171,10 +177,11 @@ class TrainConfig(DataConfig):
     lora_dora: bool = False
     eval_steps: int = 0
     val_loss_steps: int = 0
+    grad_conflict_steps: int = 0
     best_metric: str = "macro"
     early_stopping_patience: int = 0
     early_stopping_min_delta: float = 0.0
-    eval_max_new_tokens: int = 256
+    eval_max_new_tokens: int = 0
     save_steps: int = 500
     save_total_limit: int = 3
     max_failed_saves: int = 3
@@ -193,19 +200,24 @@ class TrainConfig(DataConfig):
         for name in ("model_id", "output_dir"):
             _required(self, name)
         self.one_of("train_shards", "train_jsonl")
+        if self.train_where and not split_list(self.train_jsonl):
+            raise UserError(
+                f"--train_where {self.train_where!r}: packed sets hold what they hold; filter when packing, with "
+                "tools/build_shards.py --where, or give --train_jsonl"
+            )
         for name, least in (
             ("grad_accum", 1),
             ("lora_r", 1),
-            ("eval_max_new_tokens", 1),
             ("save_total_limit", 1),
         ):
             _at_least(self, name, least)
         for name in (
             "global_batch_size",
             "max_steps",
-            "max_tokens_per_micro_batch",
             "eval_steps",
+            "eval_max_new_tokens",
             "val_loss_steps",
+            "grad_conflict_steps",
             "early_stopping_patience",
             "early_stopping_min_delta",
             "save_steps",
@@ -220,6 +232,11 @@ class TrainConfig(DataConfig):
                 raise UserError(f"--{name} {getattr(self, name)} is not in [0, 1)")
         if self.spike_factor and not 1.0 < self.spike_factor < math.inf:
             raise UserError(f"--spike_factor {self.spike_factor} must be above 1, or 0 for no guard")
+        if self.grad_conflict_steps and not (split_list(self.val_shards) or split_list(self.val_jsonl)):
+            raise UserError(
+                f"--grad_conflict_steps {self.grad_conflict_steps} compares the tasks on dev examples; give --val_shards "
+                "or --val_jsonl too"
+            )
         if self.early_stopping_patience and not self.eval_steps:
             raise UserError(
                 f"--early_stopping_patience {self.early_stopping_patience} counts evaluations; give --eval_steps too"
@@ -256,18 +273,33 @@ class EvalConfig(DataConfig):
     Attributes:
         lora_dir: a run directory (its best checkpoint, else the latest), a checkpoint or an adapter folder;
             empty: the base model
-        gen_max_new_tokens: most tokens a decoded answer may have
-        audio_probe: decode once more with the audio swapped between rows and report how far the scores fall
+        gen_max_new_tokens: most tokens a decoded answer may have; 0: a transcript by the length of its audio, else 256
+        audio_probe: decode twice more, with the audio swapped between rows and with silence, and report how far the
+            scores fall
+        predict: decode without scoring, comma separated: JSONL files whose rows need no target, audio files, folders
+        task: of audio files in --predict
+        language: of audio files in --predict, two letters; empty: the model finds out
+        question: of audio files in --predict, for tasks that ask
     """
 
     lora_dir: str = ""
-    gen_max_new_tokens: int = 256
+    gen_max_new_tokens: int = 0
     audio_probe: bool = False
+    predict: CommaList = ""
+    task: str = ""
+    language: str = ""
+    question: str = ""
 
     def validate(self) -> None:
         super().validate()
-        _at_least(self, "gen_max_new_tokens", 1)
-        self.one_of("val_shards", "val_jsonl")
+        _at_least(self, "gen_max_new_tokens", 0)
+        if not split_list(self.predict):
+            self.one_of("val_shards", "val_jsonl")
+            for name in ("task", "language", "question"):
+                if getattr(self, name):
+                    raise UserError(f"--{name} is of files in --predict, which is not given; leave it out or give both")
+        elif split_list(self.val_shards) or split_list(self.val_jsonl) or self.audio_probe:
+            raise UserError("--predict scores nothing; leave out --val_shards, --val_jsonl and --audio_probe")
 
 
 ConfigT = TypeVar("ConfigT", bound=DataConfig)

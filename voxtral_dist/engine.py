@@ -10,7 +10,7 @@ gradient of the whole step on one process.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -155,6 +155,27 @@ class TrainEngine:
         with torch.no_grad():
             result: ForwardResult = self._engine(batch.to(self._device))
         return result
+
+    def gradient(self, batch: MicroBatch) -> tuple[torch.Tensor, ForwardResult]:
+        """Gradient of a micro-batch's loss sum without dropout, and the sums; training goes on as if it were not made.
+
+        It goes around DeepSpeed: no gradient of a parameter, bucket or random state changes.
+
+        Returns:
+            float32 [trained elements], in the order of :attr:`named_parameters`, zero where the loss does not reach;
+            and the sums.
+        """
+        self.model.eval()
+        self.model.recompute_layers()
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.settings.bf16):
+            result: ForwardResult = self.model(batch.to(self._device))
+        found: Sequence[torch.Tensor | None] = [None] * len(self._params)
+        if result.loss.requires_grad:
+            found = torch.autograd.grad(result.loss, self._params, allow_unused=True)
+        self.model.eval()
+        pairs = zip(found, self._params, strict=True)
+        flat = [(torch.zeros_like(p) if g is None else g).reshape(-1).float() for g, p in pairs]
+        return torch.cat(flat), result
 
     def _denominator(self, sums: StepSums) -> float:
         """What the loss sum of the step is divided by: target tokens, examples or tasks over all ranks."""

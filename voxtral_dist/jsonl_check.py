@@ -10,7 +10,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from voxtral_dist.audio_file import AudioError, probe
-from voxtral_dist.jsonl import BadRow, DuplicateFinder, ScannedRow, audio_file, audio_reason, load_row, scan
+from voxtral_dist.jsonl import (
+    BadRow,
+    DuplicateFinder,
+    Keep,
+    ScannedRow,
+    audio_file,
+    audio_reason,
+    load_row,
+    scan,
+)
 
 SHOWN_ERRORS = 5
 
@@ -36,8 +45,16 @@ class FileReport:
     errors: list[str] = field(default_factory=list)
 
 
-def check(files: Sequence[Path], tasks: Sequence[str | None], progress: bool = False) -> list[FileReport]:
+def check(
+    files: Sequence[Path], tasks: Sequence[str | None], progress: bool = False, keep: Keep | None = None
+) -> list[FileReport]:
     """Read JSONL files and the headers of their audio, and write nothing; one report per file.
+
+    Args:
+        files: the files.
+        tasks: task of each, None for one told by its rows' keys.
+        progress: show a progress bar.
+        keep: as of :func:`scan`.
 
     Raises:
         UserError: as :func:`scan`.
@@ -46,7 +63,8 @@ def check(files: Sequence[Path], tasks: Sequence[str | None], progress: bool = F
     for path, task_name in zip(files, tasks, strict=True):
         report = FileReport(path)
         reports.append(report)
-        for row in tqdm(scan(path, task_name), desc=f"check {path.name}", unit="row", disable=not progress):
+        rows = scan(path, task_name, keep)
+        for row in tqdm(rows, desc=f"check {path.name}", unit="row", disable=not progress):
             report.keys.update(row.keys)
             reason = row.reason if isinstance(row, BadRow) else duplicate(row) or _probe(row, report)
             if not reason:
@@ -55,7 +73,7 @@ def check(files: Sequence[Path], tasks: Sequence[str | None], progress: bool = F
             report.bad += 1
             if len(report.errors) < SHOWN_ERRORS:
                 report.errors.append(f"{row.place.where}: {reason}")
-        if not report.rows and not report.bad:
+        if not report.rows and not report.bad and keep is None:
             report.bad, report.errors = 1, [f"{path}: has no rows"]
     return reports
 

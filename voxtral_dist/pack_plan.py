@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from voxtral_dist.errors import UserError
 from voxtral_dist.jsonl import BadRow, DuplicateFinder, ScannedRow, scan
+from voxtral_dist.row_filter import RowFilter
 from voxtral_dist.shard_format import shard_stem
 from voxtral_dist.tasks import TASKS
 
@@ -91,37 +92,50 @@ def make_plan(
     split: str,
     tasks: Sequence[str | None],
     shard_bytes: int,
+    where: RowFilter | None = None,
     progress: bool = False,
 ) -> PackPlan:
     """Scan the files and plan their data sets; arguments as of :func:`voxtral_dist.packing.pack`.
 
     Raises:
-        UserError: no such file, a file without rows, a split that cannot be part of a file name.
+        UserError: no such file, a file or a filter without rows, a split that cannot be part of a file name.
     """
     if not re.fullmatch(r"[A-Za-z0-9_]+", split):
         raise UserError(f"split {split!r} becomes part of file names; use letters, digits and _")
     members: dict[str, list[ScannedRow | BadRow]] = {name: [] for name in TASKS}
     fatal: list[BadRow] = []
-    duplicate = DuplicateFinder()
+    duplicate, where = DuplicateFinder(), where or RowFilter()
     paths = [Path(path) for path in files]
     for path, task_name in zip(paths, tasks, strict=True):
-        for row in _routed(path, task_name, progress):
+        for row in _routed(path, task_name, where, progress):
             if isinstance(row, ScannedRow) and (reason := duplicate(row)):
                 fatal.append(BadRow(row.place, row.id, row.keys, reason, None))
             elif row.task is None:
                 fatal.append(row)
             else:
                 members[row.task].append(row)
+    _tell_left_out(where, progress)
     data_sets = [
         _plan_data_set(out, name, split, rows, shard_bytes) for name, rows in members.items() if rows
     ]
     return PackPlan(paths, data_sets, fatal)
 
 
-def _routed(path: Path, task_name: str | None, progress: bool) -> list[ScannedRow | BadRow]:
-    """All rows of a file; a line that is no object belongs to the file's task if the file has only one."""
-    rows = list(tqdm(scan(path, task_name), desc=f"scan {path.name}", unit="row", disable=not progress))
-    if not rows:
+def _tell_left_out(where: RowFilter, progress: bool) -> None:
+    if where.seen and where.left_out == where.seen:
+        raise UserError(
+            f"{where.flag} {where.text!r} leaves none of the {where.seen:,} rows; check its values against the files"
+        )
+    if where.text and progress:
+        print(f"left out by {where.flag}: {where.left_out:,} of {where.seen:,} rows", flush=True)
+
+
+def _routed(path: Path, task_name: str | None, where: RowFilter, progress: bool) -> list[ScannedRow | BadRow]:
+    """The rows of a file that take part; a line that is no object belongs to the file's task if it has only one."""
+    seen = where.seen
+    scanned = scan(path, task_name, where)
+    rows = list(tqdm(scanned, desc=f"scan {path.name}", unit="row", disable=not progress))
+    if not rows and where.seen == seen:
         raise UserError(f"{path}: has no rows; remove it from the list of files")
     found = {row.task for row in rows if isinstance(row, ScannedRow)}
     only = found.pop() if len(found) == 1 else None

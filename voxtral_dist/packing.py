@@ -25,6 +25,7 @@ from voxtral_dist.errors import UserError
 from voxtral_dist.jsonl import BadRow, ScannedRow, audio_file, audio_reason, file_stat, load_row, scan
 from voxtral_dist.jsonl_check import FileReport, check
 from voxtral_dist.pack_plan import SHARD_BYTES, DataSetPlan, PackPlan, ShardPlan, make_plan
+from voxtral_dist.row_filter import RowFilter
 from voxtral_dist.shard_format import Example, example_key, make_manifest, write_shard
 from voxtral_dist.shards import MANIFEST, REJECTS
 from voxtral_dist.workers import Tick, run_jobs
@@ -41,6 +42,7 @@ def pack(
     split: str = "train",
     tasks: Sequence[str | None] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    where: RowFilter | None = None,
     slice_: tuple[int, int] | None = (0, 1),
     finalize: bool = True,
     wait: bool = False,
@@ -56,6 +58,7 @@ def pack(
         split: name of the split, letters, digits and ``_``.
         tasks: task of each file, None for one told by its rows' keys.
         shard_bytes: aimed size of a shard.
+        where: which rows take part, None: all. A task that has none left has no data set.
         slice_: (i, n) builds shards i, i + n, ... of the plan; None builds nothing.
         finalize: publish the manifests; needs the shards of all slices.
         wait: wait for the shards of the other slices and let slice 0 publish; else a missing one is an error.
@@ -77,6 +80,7 @@ def pack(
         split=split,
         tasks=tasks or [None] * len(files),
         shard_bytes=shard_bytes,
+        where=where,
         progress=progress,
     )
     _spare_foreign(plan)

@@ -43,6 +43,9 @@ Evaluate = Callable[[int], dict[str, Any] | None]
 ValidationLoss = Callable[[], dict[str, float]]
 """Loss of each task on a fixed part of the dev data; empty without dev data. Collective."""
 
+GradientConflict = Callable[[], dict[str, float | None]]
+"""How alike the gradients of the tasks are on a fixed part of the dev data, by tag. Collective."""
+
 
 class Trainer:
     """Trains from ``state`` to the end of the plan.
@@ -55,6 +58,7 @@ class Trainer:
         metrics: assembles the numbers of a step.
         evaluate: called at evaluation steps on every rank.
         validation_loss: called between them on every rank.
+        gradient_conflict: called at its own steps on every rank.
         state: where to start.
     """
 
@@ -67,11 +71,13 @@ class Trainer:
         metrics: StepMetrics,
         evaluate: Evaluate,
         validation_loss: ValidationLoss,
+        gradient_conflict: GradientConflict,
         state: TrainState,
     ) -> None:
         self.engine, self.data, self.config = engine, data, config
         self.monitor, self.metrics = monitor, metrics
         self.evaluate, self.validation_loss = evaluate, validation_loss
+        self.gradient_conflict = gradient_conflict
         self.state = state
         self.run_dir = Path(config.output_dir)
         self.schedule = Schedule(
@@ -180,6 +186,9 @@ class Trainer:
         elif _due(state.step, config.val_loss_steps):
             losses = self.validation_loss()
             self.monitor.scalars(state.step, {f"val_loss/{task}": loss for task, loss in losses.items()})
+            self.metrics.restart_clock()
+        if _due(state.step, config.grad_conflict_steps):
+            self.monitor.scalars(state.step, self.gradient_conflict())
             self.metrics.restart_clock()
 
     def _evaluation_due(self) -> bool:

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from voxtral_dist import (
-    activity,
     checkpoint,
     debug_run,
     distributed,
     dry_run,
-    evaluator,
     model,
     prepare,
     report,
     resume,
     run_dir,
+    run_report,
+    step_evaluation,
     watchdog,
 )
 from voxtral_dist import config as settings
 from voxtral_dist.atomic import write_bytes
-from voxtral_dist.audio import SAMPLE_RATE
 from voxtral_dist.collator import Collator
 from voxtral_dist.config import TrainConfig
 from voxtral_dist.data import TrainData, TrainSettings
@@ -36,8 +33,9 @@ from voxtral_dist.early_stopping import check_metric
 from voxtral_dist.engine import TrainEngine
 from voxtral_dist.errors import UserError, VoxtralDistError
 from voxtral_dist.eval_data import EvalData
+from voxtral_dist.gradient_conflict import gradient_conflict
 from voxtral_dist.logger import get_logger
-from voxtral_dist.monitor import Monitor, NullMonitor
+from voxtral_dist.monitor import Monitor
 from voxtral_dist.shares import CostModel
 from voxtral_dist.step_metrics import StepMetrics
 from voxtral_dist.task_data import TaskData, fingerprints
@@ -64,7 +62,9 @@ def train(config: TrainConfig, world: World) -> None:
         origin = resume.named(config.resume, out, settings.dump_yaml(config))
         check_settings(config, out, origin)
     collator = prepare.open_collator(config)
-    tasks = prepare.open_data(config, config.train_shards, config.train_jsonl, "train", world, collator)
+    tasks = prepare.open_data(
+        config, config.train_shards, config.train_jsonl, "train", world, collator, config.train_where
+    )
     dev_tasks = prepare.open_data(config, config.val_shards, config.val_jsonl, "dev", world, collator)
     dev = EvalData(dev_tasks, collator, config.max_len)
     if len(dev):
@@ -194,7 +194,8 @@ def fit(
 ) -> None:
     """Build model and engine, restore the newest checkpoint, and train to the end."""
     out = Path(config.output_dir)
-    if newest and checkpoint.step_of(newest) == data.plan.num_steps and is_evaluated(out, newest.name, dev):
+    at_end = newest is not None and checkpoint.step_of(newest) == data.plan.num_steps
+    if newest and at_end and step_evaluation.is_evaluated(out, newest.name, dev):
         log.info("%s is finished: all %d steps are done and evaluated", out, data.plan.num_steps)
         finish(out)
         return
@@ -221,9 +222,10 @@ def fit(
         encoder_trains=not config.freeze_whisper,
         totals=state.totals,
     )
-    evaluate = partial(evaluate_step, config, engine.model.model, dev, monitor)
+    evaluate = partial(step_evaluation.evaluate_step, config, engine.model.model, dev, monitor)
     loss = partial(validation_loss, engine, dev, data.names, config.per_device_bsz)
-    trainer = Trainer(engine, data, config, monitor, metrics, evaluate, loss, state)
+    conflict = partial(gradient_conflict, engine, dev, data.names)
+    trainer = Trainer(engine, data, config, monitor, metrics, evaluate, loss, conflict, state)
     try:
         trainer.fit()
     finally:
@@ -231,60 +233,19 @@ def fit(
     finish(out)
 
 
-def evaluate_step(
-    config: TrainConfig, voxtral: Any, dev: EvalData, monitor: NullMonitor, step: int
-) -> dict[str, Any] | None:
-    """Decode the dev data at a step, unless that was done before the last stop; the metrics on rank 0."""
-    name = checkpoint.step_dir(Path(), step).name
-    folder = Path(config.output_dir) / "eval" / name
-    if is_evaluated(Path(config.output_dir), name, dev):
-        known = folder / "metrics.json"
-        return json.loads(known.read_text("utf-8")) if distributed.rank() == 0 and known.is_file() else None
-    activity.within(f"the evaluation at step {step}")
-    how = evaluator.EvalSettings(config.per_device_bsz, config.eval_max_new_tokens, config.num_workers)
-    result = evaluator.evaluate(voxtral, dev, how, {"model_id": config.model_id, "step": step})
-    if result is None:
-        return None
-    evaluator.write(folder, result)
-    monitor.scalars(step, evaluation_scalars(result.metrics))
-    show_previews(monitor, dev, result, step, config.private_text)
-    previews = report.previews(result.predictions, evaluator.PREVIEWS_PER_TASK)
-    scores = report.score_table(result.metrics)
-    log.info("evaluation at step %d\n%s", step, scores if config.private_text else f"{scores}\n\n{previews}")
-    return result.metrics
-
-
-def show_previews(
-    monitor: NullMonitor, dev: EvalData, result: evaluator.Evaluation, step: int, private: bool
-) -> None:
-    """References beside hypotheses per task; at the run's first evaluation also how some of them sound."""
-    for task in result.metrics["tasks"]:
-        records = [record for record in result.predictions if record["task"] == task]
-        monitor.texts(step, f"previews/{task}", report.previews(records, evaluator.PREVIEWS_PER_TASK))
-    if step == 0 and not private:
-        for name, samples in evaluator.clips(dev, result):
-            monitor.audio(step, f"previews/{name}", torch.from_numpy(samples), SAMPLE_RATE)
-
-
-def evaluation_scalars(metrics: dict[str, Any]) -> dict[str, float | None]:
-    """The numbers of an evaluation by TensorBoard tag."""
-    names = ("macro", "weighted", "balance", "rtfx")
-    values: dict[str, float | None] = {f"eval/{name}": metrics[name] for name in names}
-    for task, scores in metrics["tasks"].items():
-        numbers = {name: value for name, value in scores.items() if isinstance(value, (int, float))}
-        values |= {f"eval_{task}/{name}": value for name, value in numbers.items()}
-    return values
-
-
-def is_evaluated(out: Path, name: str, dev: EvalData) -> bool:
-    """Whether the evaluation of a step is on disk, or there is no dev data to do it on. Collective."""
-    return not len(dev) or bool(distributed.broadcast_json((out / "eval" / name / "metrics.json").exists()))
-
-
 def finish(out: Path) -> None:
-    """Print the scores before and after training, where both were measured, and where the adapter is."""
+    """Print the scores before and after training, where both were measured, and where report and adapter are."""
     if distributed.rank() == 0:
         if len(list(out.glob("eval/step-*/metrics.json"))) > 1:
             print(f"\n{report.first_and_last(out / 'eval')}")
+        write_page(out)
         where = checkpoint.pointer(out, "best") or checkpoint.pointer(out, "latest")
         print(f"\nfinished: adapter in {where}/adapter", flush=True)
+
+
+def write_page(out: Path) -> None:
+    """Write the report of a finished run; what fails here is said and does no harm to the run."""
+    try:
+        print(f"\nreport: {run_report.write_report(out, status={'exit_code': 0, 'message': 'done'})}")
+    except Exception as error:
+        log.warning("no report.html (%s: %s); tools/report_run.py makes one", type(error).__name__, error)

@@ -18,10 +18,10 @@ from test_model import LORA, base, stock_logits, tuned
 
 from voxtral_dist import adapter, checkpoint, config, full_tuning, optimizer_state, prepare
 from voxtral_dist import model as modeling
-from voxtral_dist.batch import MicroBatch
+from voxtral_dist.batch import DecodeCaps, MicroBatch
 from voxtral_dist.collator import Collator
 from voxtral_dist.config import TrainConfig
-from voxtral_dist.decode import greedy_decode
+from voxtral_dist.decode import Prompts, decode_stream
 from voxtral_dist.ds_config import EngineSettings
 from voxtral_dist.engine import TrainEngine
 from voxtral_dist.errors import UserError
@@ -117,9 +117,9 @@ def test_full_weights_work_in_a_bf16_model(
     adapter.save(model, tmp_path)
     example = make_examples(words.spec)[3]
     ids = torch.tensor([words.prompt(example.sample, example.n_samples)])
-    rest = (ids, [ids.shape[1]], example.mel, words.audio_slots(ids))
+    group = Prompts(ids, [ids.shape[1]], example.mel, words.audio_slots(ids), [6])
     answers = [
-        greedy_decode(one.eval(), *rest, eos_id=2, max_new_tokens=[6])[0].tokens
+        next(decode_stream(one.eval(), [group], DecodeCaps(1, 0), eos_id=2)).tokens
         for one in (model, adapter.load(bf16(), tmp_path), bf16())
     ]
     assert answers[0] == answers[1] != answers[2]

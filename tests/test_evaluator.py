@@ -23,7 +23,7 @@ from voxtral_dist.adapter import LoraSettings
 from voxtral_dist.audio import AudioSpec
 from voxtral_dist.collator import Collator
 from voxtral_dist.config import EvalConfig
-from voxtral_dist.decode_share import ANSWER_TOKENS, DecodeSettings, Share
+from voxtral_dist.decode_share import DecodeSettings
 from voxtral_dist.distributed import World
 from voxtral_dist.errors import BadSamplesError, UserError
 from voxtral_dist.eval_data import EvalData
@@ -145,7 +145,9 @@ def test_the_order_of_the_rows_does_not_matter(
         files.append(tmp_path / f"{task}.7.jsonl")
         files[-1].write_text("".join(lines[i] for i in (4, 0, 6, 2, 1, 5, 3)), encoding="utf-8")
     folders = [str(folder) for folder in pack(files, tmp_path / "shards", split="dev7")]
-    assert predict(0, str(tiny_model), {"7": folders}, str(tmp_path)) == [f"7 rows of {rows}" for rows in ROWS]
+    assert predict(0, str(tiny_model), {"7": folders}, str(tmp_path)) == [
+        f"7 rows of {rows}" for rows in ROWS
+    ]
     for name in (f"7 rows of {rows}" for rows in ROWS):
         got, expected = ((folder / name / "predictions.jsonl").read_bytes() for folder in (tmp_path, alone))
         assert got == expected

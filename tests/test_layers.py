@@ -15,8 +15,8 @@ FILES = sorted((Path(__file__).resolve().parents[1] / PACKAGE).glob("*.py"))
 # "2 data", "2 model" and "2 results" do not know each other.
 LAYERS = {
     "0 ground": "errors activity atomic config distributed logger watchdog workers",
-    "1 words": "sample tasks text_norm normalizers ngram_scores scoring significance record_scores loss batch flops early_stopping "
-    "text_checks",
+    "1 words": "sample tasks text_norm normalizers ngram_scores scoring significance record_scores text_checks "
+    "loss batch flops early_stopping",
     "2 data": "tar_members shard_format shard_reader shard_source shard_cache shards foreign_tar foreign verify_tar "
     "verify data_stats jsonl jsonl_check row_filter pack_plan packing arm_flags audio_file audio tokenizer lengths "
     "mix stages plan plan_history schedule shares audit micro_batches collator task_data data step_loader eval_data "

@@ -20,9 +20,9 @@ from voxtral_dist import adapter
 from voxtral_dist import model as modeling
 from voxtral_dist.adapter import LoraSettings
 from voxtral_dist.audio import AudioSpec
-from voxtral_dist.batch import MicroBatch
+from voxtral_dist.batch import DecodeCaps, MicroBatch
 from voxtral_dist.collator import Collator, Example
-from voxtral_dist.decode import greedy_decode
+from voxtral_dist.decode import Prompts, decode_stream
 from voxtral_dist.errors import UserError
 from voxtral_dist.tokenizer import TekkenVocabulary
 
@@ -347,8 +347,9 @@ def decode(
     ids, lengths = prompts(collator, examples)
     audio, slots = collator.stack_audio(examples), collator.audio_slots(ids)
     limits = limits or [12] * len(examples)
-    answers = greedy_decode(model, ids, lengths, audio, slots, eos_id=eos, max_new_tokens=limits)
-    return [answer.tokens for answer in answers]
+    group = Prompts(ids, lengths, audio, slots, limits)
+    answers = decode_stream(model, [group], DecodeCaps(len(lengths), 0), eos_id=eos)
+    return [answer.tokens for answer in sorted(answers, key=lambda answer: answer.number)]
 
 
 def stock_generate(model: Any, collator: Collator, examples: list[Example], eos: int) -> list[list[int]]:

@@ -27,19 +27,19 @@ from tensorboard.summary.writer import event_file_writer
 
 from voxtral_dist.audio import AudioSpec
 from voxtral_dist.collator import Collator
+from voxtral_dist.decode_share import DecodeSettings
 from voxtral_dist.errors import UserError
 from voxtral_dist.eval_data import EvalData
-from voxtral_dist.decode_share import DecodeSettings
 from voxtral_dist.evaluator import Evaluation, evaluate
 from voxtral_dist.gpu_meter import GpuMeter
 from voxtral_dist.logger import get_logger, setup_logging
 from voxtral_dist.model import load, read_config
 from voxtral_dist.monitor import LAYOUT, Monitor, NullMonitor
 from voxtral_dist.packing import pack
+from voxtral_dist.step_evaluation import show_previews
 from voxtral_dist.task_data import open_tasks
 from voxtral_dist.tasks import TASKS
 from voxtral_dist.tokenizer import TekkenVocabulary
-from voxtral_dist.step_evaluation import show_previews
 
 Log = pytest.LogCaptureFixture
 

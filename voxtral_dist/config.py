@@ -197,14 +197,10 @@ class TrainConfig(DataConfig):
     def validate(self) -> None:
         super().validate()
         self._check_tune()
+        self._check_data()
         for name in ("model_id", "output_dir"):
             _required(self, name)
         self.one_of("train_shards", "train_jsonl")
-        if self.train_where and not split_list(self.train_jsonl):
-            raise UserError(
-                f"--train_where {self.train_where!r}: packed sets hold what they hold; filter when packing, with "
-                "tools/build_shards.py --where, or give --train_jsonl"
-            )
         for name, least in (
             ("grad_accum", 1),
             ("lora_r", 1),
@@ -232,11 +228,6 @@ class TrainConfig(DataConfig):
                 raise UserError(f"--{name} {getattr(self, name)} is not in [0, 1)")
         if self.spike_factor and not 1.0 < self.spike_factor < math.inf:
             raise UserError(f"--spike_factor {self.spike_factor} must be above 1, or 0 for no guard")
-        if self.grad_conflict_steps and not (split_list(self.val_shards) or split_list(self.val_jsonl)):
-            raise UserError(
-                f"--grad_conflict_steps {self.grad_conflict_steps} compares the tasks on dev examples; give --val_shards "
-                "or --val_jsonl too"
-            )
         if self.early_stopping_patience and not self.eval_steps:
             raise UserError(
                 f"--early_stopping_patience {self.early_stopping_patience} counts evaluations; give --eval_steps too"
@@ -250,6 +241,18 @@ class TrainConfig(DataConfig):
         if self.max_steps == 0 and not (math.isfinite(self.epochs) and self.epochs > 0):
             raise UserError(
                 f"--epochs {self.epochs} leaves nothing to train; give a positive number or --max_steps"
+            )
+
+    def _check_data(self) -> None:
+        if self.train_where and not split_list(self.train_jsonl):
+            raise UserError(
+                f"--train_where {self.train_where!r}: packed sets hold what they hold; filter when packing, with "
+                "tools/build_shards.py --where, or give --train_jsonl"
+            )
+        if self.grad_conflict_steps and not (split_list(self.val_shards) or split_list(self.val_jsonl)):
+            raise UserError(
+                f"--grad_conflict_steps {self.grad_conflict_steps} compares the tasks on dev examples; give "
+                "--val_shards or --val_jsonl too"
             )
 
     def _check_tune(self) -> None:
@@ -297,7 +300,9 @@ class EvalConfig(DataConfig):
             self.one_of("val_shards", "val_jsonl")
             for name in ("task", "language", "question"):
                 if getattr(self, name):
-                    raise UserError(f"--{name} is of files in --predict, which is not given; leave it out or give both")
+                    raise UserError(
+                        f"--{name} is of files in --predict, which is not given; leave it out or give both"
+                    )
         elif split_list(self.val_shards) or split_list(self.val_jsonl) or self.audio_probe:
             raise UserError("--predict scores nothing; leave out --val_shards, --val_jsonl and --audio_probe")
 

@@ -18,11 +18,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from voxtral_dist.batch import DecodeCaps
 from voxtral_dist.model import embed, unwrap
 
-ENDED_SHARE = 8
-"""Ended rows are taken out once they are one in so many, because the cache of the others is copied."""
-
-ROOM = 64
-"""New tokens that the cache has room for before it is copied to a larger one."""
+ENDED_SHARE, ROOM = 8, 64
+"""The cache is copied when one row in so many has ended, and when so many new tokens have filled it."""
 
 
 @dataclass(frozen=True)
@@ -64,31 +61,6 @@ class Decoded:
     padding: int = 0
 
 
-def greedy_decode(
-    model: Any,
-    input_ids: torch.Tensor,
-    prompt_lengths: Sequence[int],
-    audio: torch.Tensor | None,
-    audio_index: torch.Tensor,
-    *,
-    eos_id: int,
-    max_new_tokens: Sequence[int],
-) -> list[Decoded]:
-    """Most likely token after token until ``</s>`` or the limit, all prompts together.
-
-    Args:
-        model: ``VoxtralForConditionalGeneration`` or the ``PeftModel`` around it, in eval mode.
-        input_ids, prompt_lengths, audio, audio_index, max_new_tokens: as of :class:`Prompts`.
-        eos_id: the token that ends an answer.
-
-    Returns:
-        B answers in the order of the prompts.
-    """
-    group = Prompts(input_ids, prompt_lengths, audio, audio_index, max_new_tokens)
-    answers = decode_stream(model, [group], DecodeCaps(len(prompt_lengths), 0), eos_id=eos_id)
-    return sorted(answers, key=lambda answer: answer.number)
-
-
 @torch.inference_mode()
 def decode_stream(
     model: Any, groups: Iterable[Prompts], caps: DecodeCaps, *, eos_id: int
@@ -96,9 +68,10 @@ def decode_stream(
     """Answers as they end; a group enters as soon as it fits beside the rows that are still being answered.
 
     Args:
-        model, eos_id: as of :func:`greedy_decode`.
-        groups: the prompts, best in groups of an eighth of ``caps``, longest first; drawn one ahead.
+        model: ``VoxtralForConditionalGeneration`` or the ``PeftModel`` around it, in eval mode.
+        groups: the prompts, longest first, in groups of a part of ``caps``; drawn one ahead.
         caps: limits of the rows being answered. A group that exceeds them is answered alone.
+        eos_id: the token that ends an answer.
     """
     voxtral, iterator, entered = unwrap(model), iter(groups), 0
     group = next(iterator, None)
@@ -118,15 +91,7 @@ def decode_stream(
 
 @dataclass
 class _Row:
-    """A prompt being answered.
-
-    Attributes:
-        answer: so far.
-        length: positions in the cache.
-        longest: positions of the prompt and the longest answer allowed.
-        entered: when, by ``time.perf_counter``.
-        ended: whether the answer is whole.
-    """
+    """A prompt being answered: its positions in the cache now and at the answer's limit, and when it entered."""
 
     answer: Decoded
     length: int
@@ -147,12 +112,7 @@ class _Row:
 
 
 class _Layer(DynamicLayer):
-    """Keys and values of a layer in buffers with room for new tokens, so that a step copies nothing.
-
-    Args:
-        keys, values: float [rows, heads, room, head size].
-        length: positions in use.
-    """
+    """A layer's keys and values in buffers [rows, heads, room, head size], so that a step copies nothing."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
         super().__init__()
@@ -175,15 +135,10 @@ class _Layer(DynamicLayer):
 
 @dataclass
 class _Block:
-    """Rows that are computed together, flush right in one cache.
+    """B rows that are computed together, flush right in one cache that has ``room`` for so many positions.
 
-    Attributes:
-        rows: B rows.
-        cache: keys and values of all layers.
-        token: int64 [B], the last token of each row.
-        positions: int64 [B, 1], where it goes.
-        mask: bool [B, 1, 1, room], False on padding; None without padding.
-        room: positions the cache has room for.
+    ``token`` int64 [B] is the last of each row, ``positions`` int64 [B, 1] where it goes, and ``mask`` bool
+    [B, 1, 1, room] is False on padding; None where there is none.
     """
 
     rows: list[_Row]
@@ -235,12 +190,9 @@ def _step(voxtral: Any, block: _Block, eos_id: int) -> None:
 
 def _next(voxtral: Any, block: _Block, embeds: torch.Tensor, mask: torch.Tensor | None, eos_id: int) -> None:
     """Let embeddings [B, L, hidden size] through the model and note the token that follows in each row."""
+    where = {"attention_mask": mask, "position_ids": block.positions}
     states = voxtral.model.language_model(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        position_ids=block.positions,
-        past_key_values=block.cache,
-        use_cache=True,
+        inputs_embeds=embeds, past_key_values=block.cache, use_cache=True, **where
     ).last_hidden_state
     block.token = voxtral.lm_head(states[:, -1]).argmax(-1)
     tokens = block.token.tolist()

@@ -165,6 +165,11 @@ class TrainingModel(torch.nn.Module):
             self.voxtral.model.audio_tower.eval()
         return self
 
+    def recompute_layers(self) -> None:
+        """In eval mode, too, recompute the layers that :func:`checkpoint_layers` marked; dropout stays off."""
+        for layer in self.voxtral.model.language_model.layers:
+            layer.training = layer.gradient_checkpointing
+
     def forward(self, batch: MicroBatch) -> ForwardResult:
         """Sums of losses of one micro-batch on the model's device."""
         voxtral = self.voxtral

@@ -41,12 +41,12 @@ from voxtral_dist.tokenizer import TekkenVocabulary
 ROWS, TIMES = 8, (1, 4)
 """Questions in a batch of the usual loop, and ours: the cache of so many times as many."""
 
-PARTS = 4
+PARTS = 3
 """Ours lets the next questions in when one in so many of the rows is free."""
 
 EOS, PAD, AUDIO = 2, 11, 24
 
-EOS_SCALE, ANSWER_TOKENS, TOKENS_PER_SECOND, MAX_LEN = 2.5, 64, 6, 256
+EOS_SCALE, ANSWER_TOKENS, TOKENS_PER_SECOND, MAX_LEN = 2.4, 64, 6, 256
 """Of the random model: how much its ``</s>`` is raised, the longest answer, transcript by its audio, and row."""
 
 
@@ -179,7 +179,7 @@ def demo(run: Path, rounds: int = 5) -> dict[str, list[float]]:
 
 
 def large(
-    counts: tuple[int, int, int] = (32, 16, 16), hidden: int = 768, layers: int = 16, rounds: int = 3
+    counts: tuple[int, int, int] = (32, 16, 16), hidden: int = 896, layers: int = 12, rounds: int = 3
 ) -> dict[str, list[float]]:
     """Random weights on as many questions of ASR, SQA and TQA."""
     config = model_config(100, hidden, layers, vocab_size=8192)

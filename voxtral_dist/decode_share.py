@@ -38,7 +38,7 @@ ANSWER_TOKENS = 256
 TRANSCRIPT_TOKENS, TRANSCRIPT_TOKENS_PER_SECOND = 32, 12.5
 """Most tokens of a transcript: as many as the audio itself takes, and some. Fast speech is under 8 a second."""
 
-ENTRIES = 8
+ENTRIES = 3
 """Groups that a full set of rows enters in: a few ended answers already make room for the next one."""
 
 Item = tuple[int, int]

@@ -121,7 +121,7 @@ def test_a_signal_in_an_evaluation(start: Start, demo: Demo, tmp_path: Path) -> 
     run = tmp_path / "run"
     flags = demo.flags(run, "--eval_max_new_tokens", "24", "--per_device_bsz", "2")
     job = start("python", flags)
-    assert job.send(TERM, lambda: "evaluate:" in job.text) == 75, job.text
+    assert job.send(TERM, lambda: "decode:" in job.text) == 75, job.text
     assert read(run / "exit_status.json")["exit_code"] == 75
     assert [checkpoint.step_of(path) for path in checkpoint.published(run)] == [len(steps(run))] == [1]
     assert (run / "eval" / "step-00000000" / "metrics.json").is_file()

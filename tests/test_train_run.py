@@ -90,6 +90,7 @@ def test_run_directory(by_deepspeed: Path, demo: Demo) -> None:
         "best",
         "latest",
         "exit_status.json",
+        "report.html",
     }
     assert names == files | {"tensorboard", "checkpoints", "eval"}
     assert read(by_deepspeed / "exit_status.json") == {"exit_code": 0, "message": "done"}

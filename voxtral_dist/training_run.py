@@ -230,15 +230,16 @@ def fit(
         trainer.fit()
     finally:
         monitor.close()
+    if distributed.rank() == 0:
+        write_page(out)
     finish(out)
 
 
 def finish(out: Path) -> None:
-    """Print the scores before and after training, where both were measured, and where report and adapter are."""
+    """Print the scores before and after training, where both were measured, and where the adapter is."""
     if distributed.rank() == 0:
         if len(list(out.glob("eval/step-*/metrics.json"))) > 1:
             print(f"\n{report.first_and_last(out / 'eval')}")
-        write_page(out)
         where = checkpoint.pointer(out, "best") or checkpoint.pointer(out, "latest")
         print(f"\nfinished: adapter in {where}/adapter", flush=True)
 

@@ -177,6 +177,7 @@ def environment(world_size: int, device: str) -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
+    versions["torch"] = torch.__version__  # with its build, such as +cpu
     return {
         "python": platform.python_version(),
         "packages": versions,

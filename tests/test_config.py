@@ -163,7 +163,9 @@ def test_config_yaml_gives_the_same_settings_back(tmp_path: Path) -> None:
         "output_dir": "007",
     }
     config = TrainConfig(**changed)
-    for name in settings.to_dict(config).keys() - changed.keys() - {"train_jsonl", "val_jsonl", "train_where"}:
+    for name in (
+        settings.to_dict(config).keys() - changed.keys() - {"train_jsonl", "val_jsonl", "train_where"}
+    ):
         setattr(config, name, another(getattr(config, name)))
     path = yaml_file(tmp_path, settings.dump_yaml(config))
     assert settings.parse(TrainConfig, ["--config", path], "train.py") == config

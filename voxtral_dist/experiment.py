@@ -223,7 +223,7 @@ def _job(folder: Path, arm: str, seed: int, flags: Flags, evaluations: Mapping[s
     for step, told in evaluations.items():
         key = "guard" if step == GUARD else "evaluate"
         check_names(told, EvalConfig, key)
-        evaluated = _as_trained(trained) | ({} if step == FINAL else {"val_shards": "", "val_jsonl": ""})
+        evaluated = as_trained(trained) | ({} if step == FINAL else {"val_shards": "", "val_jsonl": ""})
         if {"val_shards", "val_jsonl"} & told.keys():
             evaluated |= {"val_shards": "", "val_jsonl": "", "tasks": ""}
         place = {"lora_dir": str(folder) if arm else "", "output_dir": str(folder / "evaluations" / step)}
@@ -231,7 +231,7 @@ def _job(folder: Path, arm: str, seed: int, flags: Flags, evaluations: Mapping[s
     return Job(arm, seed, folder, steps)
 
 
-def _as_trained(trained: Flags) -> Flags:
+def as_trained(trained: Flags) -> Flags:
     """The flags of an evaluation that decodes as the training decoded its own dev sets."""
     shared = {field.name for field in dataclasses.fields(DataConfig)} - {"seed"}
     flags = {name: value for name, value in trained.items() if name in shared}

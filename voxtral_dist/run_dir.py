@@ -31,7 +31,7 @@ ROUNDING = ("world_size", "device", "threads")
 
 KNOWN = {
     *"config.yaml identity.json environment.json metrics.jsonl tensorboard checkpoints best latest eval shards".split(),
-    *"exit_status.json report.html base_model demo evaluations predictions".split(),
+    *"exit_status.json report.html base_model demo evaluations predictions slurm".split(),
     *"predictions.jsonl timing.jsonl metrics.json audio_probe.json parts".split(),
     *"rescored.json errors.html errors.json comparison.html comparison.json".split(),
 }

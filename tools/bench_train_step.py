@@ -1,0 +1,376 @@
+"""Speed and memory of a training step, from the usual recipe to ours, a lever at a time:
+
+    python tools/bench_train_step.py                  the device at hand: on a GPU the shape of Voxtral-Mini-3B in
+                                                      bfloat16, on a CPU a shape of 124 million weights in float32
+    python tools/bench_train_step.py --rounds 5 --arms 'usual;fused AdamW' --results FILE.json
+
+The weights are random and the model is made on the device, so nothing is downloaded. Every arm trains on the same
+examples (see train_step_arms.py for their lengths); rounds alternate between the arms after a warm-up and the median
+of the rounds counts. Before that the gradients of neighbouring arms are compared, without dropout. Useful FLOPs are
+those of voxtral_dist/flops.py: nothing for padding and nothing twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+from train_step_arms import Arms, Lengths, Levers, draw_lengths
+from transformers import VoxtralConfig, VoxtralForConditionalGeneration
+
+from voxtral_dist import adapter, flops
+from voxtral_dist.atomic import write_bytes
+from voxtral_dist.errors import UserError, run_main
+
+LORA = adapter.LoraSettings(
+    r=16, alpha=32.0, dropout=0.05, targets="language_model", freeze_whisper=True, seed=0
+)
+
+ROWS = {"cuda": 8, "cpu": 8}
+"""Examples in a micro-batch of the usual recipe."""
+
+TOKENS = {"cuda": (8192, 8192), "cpu": (768, 256)}
+"""Most positions in a micro-batch of ours, where the decoder layers are computed twice, and where they are not."""
+
+EXAMPLES = {"cuda": 64, "cpu": 16}
+"""Examples of one optimizer step on one rank."""
+
+
+def ladder(device: torch.device) -> dict[str, Levers]:
+    """The arms by name, each with one more lever than the one before."""
+    many, few = TOKENS[device.type]
+    pulls: list[tuple[str, dict[str, Any]]] = [
+        ("usual", {}),
+        ("encoder without graph", {"encoder_graph": False}),
+        ("head on labels alone", {"label_head": True}),
+        ("no mask", {"mask": False}),
+        ("summed loss", {"summed": True}),
+        ("by length", {"tokens": many}),
+        ("nothing recomputed", {"recompute": 0, "tokens": few}),
+        ("one reduction", {"reduce_once": True}),
+        ("fused AdamW", {"fused": True}),
+    ]
+    if device.type == "cuda":
+        pulls[-1:] = [
+            ("no input casting", {"casting": False}),
+            ("encoder outside autocast", {"encoder_autocast": False}),
+            ("packed, flex_attention", {"packed": "flex"}),
+            ("packed, varlen_attn", {"packed": "varlen"}),
+            ("compiled layers", {"compiled": True}),
+        ]
+    else:
+        pulls += [("packed, mask", {"packed": "mask"})]
+    start = {"fused": True} if device.type == "cuda" else {}
+    arms, levers = {}, Levers(**start)
+    for name, pulled in pulls:
+        levers = dataclasses.replace(levers, **pulled)
+        arms[name] = levers
+    return arms
+
+
+def shape(device: torch.device) -> VoxtralConfig:
+    """Voxtral-Mini-3B on a GPU; on a CPU 124 million weights with nearly the same shares of encoder, body and head."""
+    if device.type == "cuda":
+        text = {
+            "vocab_size": 131_072, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 30,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131_072, "rope_theta": 1e8,
+        }  # fmt: skip
+        audio = {
+            "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+            "num_mel_bins": 128, "max_source_positions": 1500,
+        }  # fmt: skip
+    else:
+        text = {
+            "vocab_size": 13_312, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 13,
+            "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096, "rope_theta": 1e6,
+        }  # fmt: skip
+        audio = {
+            "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 5, "num_attention_heads": 8,
+            "num_mel_bins": 128, "max_source_positions": 300,
+        }  # fmt: skip
+    return VoxtralConfig(
+        audio_config={"model_type": "voxtral_encoder", **audio},
+        text_config={"model_type": "llama", "tie_word_embeddings": False, **text},
+        audio_token_id=24,
+    )
+
+
+def random_model(config: VoxtralConfig, device: torch.device) -> Any:
+    """Random weights made on the device, frozen, with an adapter whose B is not zero."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = VoxtralForConditionalGeneration(config)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = model.to(dtype).to_empty(device=device)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.ndim > 1:
+            torch.nn.init.normal_(tensor.data, std=0.02)
+        else:
+            tensor.data.fill_(0.0 if name.endswith("bias") else 1.0)
+    rotary = model.model.language_model.rotary_emb
+    rotary.inv_freq = rotary.original_inv_freq = rotary.compute_default_rope_parameters(config.text_config)[
+        0
+    ].to(device)
+    wrapped = adapter.attach(model.requires_grad_(False).eval(), LORA)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, std=0.01)
+    return wrapped
+
+
+@dataclasses.dataclass
+class Measured:
+    """What the rounds of one arm took.
+
+    Attributes:
+        seconds: of each round's step.
+        peak: most bytes in use during a step, the model's own included.
+        held: bytes in use before a step.
+        joules: of a step, None without a counter.
+        padding: share of positions that are padding.
+        loss: of the last step.
+    """
+
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    peak: int = 0
+    held: int = 0
+    joules: float | None = None
+    padding: float = 0.0
+    loss: float = 0.0
+
+
+class Memory:
+    """Bytes in use and their peak: of the CUDA allocator, or of this process (its resident set)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def start(self) -> int:
+        """Forget the peak; bytes in use."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return self._status("VmRSS")
+
+    def peak(self) -> int:
+        """Most bytes in use since :meth:`start`."""
+        return torch.cuda.max_memory_allocated() if self.cuda else self._status("VmHWM")
+
+    @staticmethod
+    def _status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+
+def joules(device: torch.device) -> float | None:
+    """What the GPU has used since its driver was loaded; None without a counter."""
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(0)) / 1000
+    except (ImportError, pynvml.NVMLError):
+        return None
+
+
+def run_round(arms: Arms, levers: Levers, measured: Measured, steps: int, warm_up: int) -> None:
+    """Time some steps of an arm and keep the figures."""
+    batches = arms.prepare(levers)
+    measured.padding = 1 - sum(b.tokens for b in batches) / sum(b.positions for b in batches)
+    for _ in range(warm_up):
+        arms.step(batches)
+    memory = Memory(arms.device)
+    measured.held = memory.start()
+    before = joules(arms.device)
+    for _ in range(steps):
+        started = time.perf_counter()
+        measured.loss = arms.step(batches)
+        measured.seconds.append(time.perf_counter() - started)
+    measured.peak = max(measured.peak, memory.peak())
+    after = joules(arms.device)
+    if before is not None and after is not None:
+        measured.joules = (after - before) / steps
+
+
+def compare_gradients(arms: Arms, ladder_: dict[str, Levers]) -> dict[str, float]:
+    """Relative L2 difference of each arm's gradient to the arm before it, and of the last to the first."""
+    errors: dict[str, float] = {}
+    before = first = None
+    for name, levers in ladder_.items():
+        gradient = arms.gradient(arms.prepare(levers))
+        first = gradient if first is None else first
+        if before is not None:
+            errors[name] = float((gradient - before).norm() / before.norm())
+        before = gradient
+    return errors
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """What a figure holds for: date, device and versions."""
+    threads = torch.get_num_threads()
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads} threads",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+
+
+def useful_flops(examples: list[Lengths], config: Any, lora_parameters: int) -> int:
+    """FLOPs that a step over these examples needs."""
+    positions, chunks, labels = np.array([(e.positions, e.chunks, e.target) for e in examples]).T
+    counted = flops.VoxtralFlops.from_config(config)
+    return counted.training(positions, chunks, labels, lora_parameters=lora_parameters)
+
+
+def table(
+    results: dict[str, Measured], errors: dict[str, float], facts: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Print a row per arm and return them."""
+    first = next(iter(results.values()))
+    base = statistics.median(first.seconds)
+    rows = []
+    for name, measured in results.items():
+        seconds = statistics.median(measured.seconds)
+        ratios = [a / b for a, b in zip(first.seconds, measured.seconds, strict=False)]
+        rows.append(
+            {
+                "arm": name,
+                "speed": base / seconds,
+                "speed_quartiles": np.quantile(ratios, (0.25, 0.75)).tolist(),
+                "samples_per_s": facts["samples"] / seconds,
+                "tokens_per_s": facts["tokens"] / seconds,
+                "audio_hours_per_hour": facts["audio_seconds"] / seconds,
+                "mfu": facts["flops"] / seconds / facts["peak_flops"],
+                "peak_gib": measured.peak / 2**30,
+                "step_gib": (measured.peak - measured.held) / 2**30,
+                "joules_per_sample": measured.joules and measured.joules / facts["samples"],
+                "padding": measured.padding,
+                "gradient_error": errors.get(name),
+                "loss": measured.loss,
+            }
+        )
+    print(f"{'arm':28}{'speed':>7}{'MFU':>7}{'samples/s':>11}{'audio h/h':>11}{'peak GiB':>10}{'step GiB':>10}"
+          f"{'padding':>9}{'J/sample':>10}{'gradient':>10}")  # fmt: skip
+    for row in rows:
+        error, energy = row["gradient_error"], row["joules_per_sample"]
+        print(
+            f"{row['arm']:28}{row['speed']:7.2f}{row['mfu']:7.1%}{row['samples_per_s']:11.2f}"
+            f"{row['audio_hours_per_hour']:11.0f}{row['peak_gib']:10.2f}{row['step_gib']:10.2f}{row['padding']:9.1%}"
+            f"{'' if energy is None else f'{energy:.1f}':>10}{'' if error is None else f'{error:.1e}':>10}"
+        )
+    return rows
+
+
+def bench(device: torch.device, chosen: dict[str, Levers], rounds: int, steps: int) -> dict[str, Any]:
+    """Measure the arms and print the table; returns everything."""
+    config, peak = shape(device), flops.peak(device)
+    tokens_per_chunk = config.audio_config.max_source_positions // 4
+    examples = draw_lengths(EXAMPLES[device.type], 1, tokens_per_chunk, tokens_per_chunk / 12.5)
+    arms = Arms(random_model(config, device), examples, ROWS[device.type])
+    adapter_elements = sum(parameter.numel() for parameter in arms.params)
+    facts = device_facts(device) | {
+        "parameters": sum(parameter.numel() for parameter in arms.model.parameters()),
+        "trained": adapter_elements,
+        "samples": len(examples),
+        "tokens": sum(example.positions for example in examples),
+        "audio_seconds": sum(example.seconds for example in examples),
+        "flops": useful_flops(examples, config, adapter_elements),
+        "peak_flops": peak.flops,
+        "peak_source": peak.source,
+    }
+    print(json.dumps(facts, indent=1), flush=True)
+    errors = compare_gradients(arms, {name: levers for name, levers in chosen.items() if not levers.compiled})
+    print("gradient against the arm before:", {name: f"{e:.1e}" for name, e in errors.items()}, flush=True)
+    results = {name: Measured() for name in chosen}
+    for name in [*chosen] * rounds:
+        run_round(arms, chosen[name], results[name], steps, warm_up=not results[name].seconds)
+        print(f"{name}: {results[name].seconds[-1]:.2f} s", file=sys.stderr, flush=True)
+    found = facts | {"arms": table(results, errors, facts)}
+    if device.type == "cuda":
+        profile(arms, list(chosen.values())[-1])
+        found["clips"] = clips(arms, list(chosen.values())[-1])
+    return found
+
+
+def profile(arms: Arms, levers: Levers) -> None:
+    """Print where the device's time of a step goes."""
+    batches = arms.prepare(levers)
+    arms.step(batches)
+    with torch.profiler.profile() as profiler:
+        arms.step(batches)
+    print(
+        profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=24, max_name_column_width=70)
+    )
+
+
+def clips(arms: Arms, levers: Levers) -> list[dict[str, Any]]:
+    """Peak memory of micro-batches of so many clips of 3 s, decoder layers computed once and twice."""
+    rows = []
+    for recompute in (0, 1):
+        for count in (8, 16, 32):
+            arms.examples = [Lengths(0, 375 + 8, 46, 1, 3.0)] * count
+            pulled = dataclasses.replace(levers, recompute=recompute, tokens=429 * count)
+            measured = Measured()
+            try:
+                run_round(arms, pulled, measured, 1, 1)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                continue
+            peak = measured.peak / 2**30
+            rows.append(
+                {
+                    "clips": count,
+                    "recompute": recompute,
+                    "peak_gib": peak,
+                    "clips_per_s": count / measured.seconds[0],
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1, help="of an arm in a round (default: %(default)s)")
+    parser.add_argument("--arms", default="", help="names, semicolon separated (default: all)")
+    parser.add_argument("--results", type=Path, help="write the figures there as JSON")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = ladder(device)
+    wanted = [name.strip() for name in args.arms.split(";") if name.strip()] or list(chosen)
+    unknown = sorted(set(wanted) - set(chosen))
+    if unknown:
+        raise UserError(f"--arms: {unknown[0]!r} is none of {'; '.join(chosen)}")
+    found = bench(device, {name: chosen[name] for name in wanted}, args.rounds, args.steps)
+    if args.results:
+        write_bytes(args.results, (json.dumps(found, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    run_main(main)

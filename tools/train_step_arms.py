@@ -1,0 +1,318 @@
+"""One training step of Voxtral, from the usual recipe to ours, a lever at a time: for ``tools/bench_train_step.py``
+
+The usual recipe is that of the scripts in use: transformers' forward pass on batches padded in random order, gradient
+checkpointing switched on for the whole model (which lets the frozen encoder build a graph, is computed again and
+back-propagated), logits of every position, the mean loss of each micro-batch, a reduction after each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from varlen_attention import VARLEN, varlen_options
+
+from voxtral_dist import model as ours
+from voxtral_dist.batch import MicroBatch
+from voxtral_dist.loss import head_nll
+from voxtral_dist.micro_batches import Caps, cut
+from voxtral_dist.packed_attention import attention, block_causal_mask
+
+AUDIO, PAD, FIRST_WORD = 24, 11, 1000
+
+TASKS, WEIGHTS = ("asr", "sqa", "tqa"), (1.0, 1.5, 1.2)
+
+
+@dataclass(frozen=True)
+class Levers:
+    """What a step does; the defaults are the usual recipe.
+
+    Attributes:
+        encoder_graph: the frozen encoder runs under autograd.
+        label_head: the head runs on label positions alone, else on all.
+        mask: rows padded on the right get an attention mask, which the causal kernel does not take.
+        tokens: examples of like length go together, up to so many positions; 0: so many in random order.
+        summed: the loss is a sum over the step's tokens, else the mean of the micro-batches' means.
+        recompute: compute every so-manieth decoder layer again in the backward pass; 0: none.
+        packed: rows without padding: "" (padded), "mask", "flex" or "varlen".
+        reduce_once: one reduction of the gradients per step, else one per micro-batch.
+        casting: peft casts the input of each adapter to float32.
+        encoder_autocast: the encoder runs inside autocast, which computes its layer norms in float32.
+        compiled: decoder and encoder layers are compiled.
+        fused: AdamW in one kernel.
+    """
+
+    encoder_graph: bool = True
+    label_head: bool = False
+    mask: bool = True
+    tokens: int = 0
+    summed: bool = False
+    recompute: int = 1
+    packed: str = ""
+    reduce_once: bool = False
+    casting: bool = True
+    encoder_autocast: bool = True
+    compiled: bool = False
+    fused: bool = False
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """One example: its task by index, prompt and target positions, audio chunks and seconds of audio."""
+
+    task: int
+    prompt: int
+    target: int
+    chunks: int
+    seconds: float
+
+    @property
+    def positions(self) -> int:
+        """Language-model positions."""
+        return self.prompt + self.target
+
+
+def draw_lengths(count: int, seed: int, tokens_per_chunk: int, chunk_seconds: float) -> list[Lengths]:
+    """Lengths of a mixed speech corpus: log-normal clips and texts, tasks 1.0 : 1.5 : 1.2.
+
+    Medians for chunks of 30 s: transcripts of 6 s at 4 tokens a second, questions about 20 s (up to three chunks) with
+    answers of 30 tokens, instructions of 80 tokens with answers of 120. Other chunks scale all of it.
+    """
+    random, scale = np.random.default_rng(seed), chunk_seconds / 30
+    drawn = []
+    for task in random.choice(len(TASKS), count, p=np.array(WEIGHTS) / sum(WEIGHTS)).tolist():
+        name = TASKS[task]
+
+        def near(median: float, spread: float, most: float) -> float:
+            return float(min(random.lognormal(np.log(median * scale), spread), most * scale))
+
+        if name == "tqa":
+            drawn.append(Lengths(task, 4 + int(near(80, 0.7, 600)), 1 + int(near(120, 0.7, 500)), 0, 0.0))
+            continue
+        seconds = near(6, 0.6, 29.9) if name == "asr" else near(20, 0.6, 89.9)
+        chunks = int(np.ceil(seconds / chunk_seconds))
+        text, target = (5, 4 * seconds) if name == "asr" else (near(20, 0.4, 60), near(30, 0.7, 200))
+        prompt = 4 + int(text) + chunks * tokens_per_chunk
+        drawn.append(Lengths(task, prompt, 1 + int(target), chunks, seconds))
+    return drawn
+
+
+def micro_batches(examples: Sequence[Lengths], levers: Levers, rows: int) -> list[list[int]]:
+    """Places of the examples by micro-batch: ``rows`` in file order, or by length within the levers' ``tokens``."""
+    places = list(range(len(examples)))
+    if not levers.tokens:
+        return [places[first : first + rows] for first in range(0, len(places), rows)]
+    lengths = np.array([example.positions for example in examples])
+    caps = Caps(len(examples), levers.tokens, packed=bool(levers.packed))
+    return [group.tolist() for group in cut(np.array([e.task for e in examples]), lengths, caps)]
+
+
+def content(example: Lengths, config: Any, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random token ids [positions] and log-mel [chunks, mel bins, frames] of an example."""
+    audio, random = config.audio_config, torch.Generator().manual_seed(seed)
+    per_chunk = audio.max_source_positions * audio.hidden_size // audio.intermediate_size
+    ids = torch.randint(FIRST_WORD, config.text_config.vocab_size, (example.positions,), generator=random)
+    ids[3 : 3 + example.chunks * per_chunk] = AUDIO
+    shape = (example.chunks, audio.num_mel_bins, 2 * audio.max_source_positions)
+    return ids, torch.randn(shape, generator=random)
+
+
+def collate(examples: Sequence[Lengths], numbers: Sequence[int], config: Any, packed: bool) -> MicroBatch:
+    """The examples of these numbers as a micro-batch, one row each or ``packed`` into one."""
+    drawn = [content(examples[number], config, number) for number in numbers]
+    examples, rows = [examples[number] for number in numbers], [ids for ids, _ in drawn]
+    width = max(example.positions for example in examples)
+    if packed:
+        ids, starts = torch.cat(rows)[None], np.cumsum([0, *(e.positions for e in examples)]).tolist()
+    else:
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+        starts = [row * width for row in range(len(rows))]
+    index = torch.cat(
+        [torch.arange(s + e.prompt - 1, s + e.positions - 1) for s, e in zip(starts, examples, strict=False)]
+    )
+    labels = torch.cat([row[e.prompt :] for row, e in zip(rows, examples, strict=True)])
+    mel = torch.cat([mel for _, mel in drawn])
+    tasks = torch.tensor([example.task for example in examples])
+    return MicroBatch(
+        input_ids=ids,
+        position_ids=torch.cat([torch.arange(e.positions) for e in examples])[None] if packed else None,
+        audio=mel if len(mel) else None,
+        audio_index=(ids.flatten() == AUDIO).nonzero().flatten(),
+        label_index=index,
+        labels=labels,
+        label_task=tasks.repeat_interleave(torch.tensor([example.target for example in examples])),
+        label_weight=torch.ones(len(labels)),
+        first_draw=0,
+        keys=[],
+        samples=len(examples),
+        tokens=sum(example.positions for example in examples),
+        audio_seconds=sum(example.seconds for example in examples),
+    )
+
+
+class Arms:
+    """A Voxtral with random weights and an adapter, and a training step with any levers.
+
+    Args:
+        peft_model: the model with its adapter, on its device.
+        examples: of one step, in file order.
+        rows: examples of a micro-batch of the usual recipe.
+    """
+
+    def __init__(self, peft_model: Any, examples: Sequence[Lengths], rows: int) -> None:
+        self.model, self.voxtral = peft_model, ours.unwrap(peft_model)
+        self.config, self.device = self.voxtral.config, next(peft_model.parameters()).device
+        self.params = [p for p in peft_model.parameters() if p.requires_grad]
+        self.bf16 = self.voxtral.lm_head.weight.dtype is torch.bfloat16
+        self.examples, self.rows = examples, rows
+        self.levers = Levers()
+
+    def prepare(self, levers: Levers) -> list[MicroBatch]:
+        """Pull the levers, with a fresh optimizer; the micro-batches of the step, on the device."""
+        self.levers = levers
+        self.optimizer = torch.optim.AdamW(self.params, lr=1e-5, betas=(0.9, 0.95), fused=levers.fused)
+        self.model.train()
+        self._recompute(levers)
+        for module in self.model.modules():
+            if hasattr(module, "lora_A"):
+                module.cast_input_dtype_enabled = levers.casting
+        self._compile(levers.compiled)
+        groups = micro_batches(self.examples, levers, self.rows)
+        packed = bool(levers.packed)
+        return [collate(self.examples, group, self.config, packed).to(self.device) for group in groups]
+
+    def _recompute(self, levers: Levers) -> None:
+        layers = self.voxtral.model.language_model.layers
+        if levers.encoder_graph:
+            self.voxtral.gradient_checkpointing_enable({"use_reentrant": False})
+            return
+        self.voxtral.disable_input_require_grads()
+        self.voxtral.gradient_checkpointing_disable()
+        self.voxtral.model.audio_tower.eval()
+        if levers.recompute:
+            ours.checkpoint_layers(self.voxtral)
+        for number, layer in enumerate(layers):
+            layer.gradient_checkpointing = bool(levers.recompute) and number % levers.recompute == 0
+
+    def _compile(self, on: bool) -> None:
+        core = self.voxtral.model
+        for layer in [*core.language_model.layers, *core.audio_tower.layers]:
+            layer._compiled_call_impl = None
+            if on:
+                layer.compile(dynamic=True)
+
+    def accumulate(self, batches: Sequence[MicroBatch]) -> torch.Tensor:
+        """Gradients of the step in ``.grad``; returns its loss on the device."""
+        total = float(sum(len(batch.labels) for batch in batches))
+        loss = torch.zeros((), device=self.device)
+        for batch in batches:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                part = self.loss(batch) / (total if self.levers.summed else len(batches) * len(batch.labels))
+            part.backward()
+            loss += part.detach()
+            if not self.levers.reduce_once:
+                self.reduce()
+        if self.levers.reduce_once:
+            self.reduce()
+        return loss
+
+    def reduce(self) -> None:
+        """Sum the gradients over the ranks, through one flat buffer as engines do."""
+        grads = [p.grad for p in self.params if p.grad is not None]
+        flat = torch._utils._flatten_dense_tensors(grads)
+        if dist.is_initialized():
+            dist.all_reduce(flat)
+        for grad, new in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads), strict=True):
+            grad.copy_(new)
+
+    def step(self, batches: Sequence[MicroBatch]) -> float:
+        """Gradients, clipping at norm 1, update; the loss, so that the device has finished."""
+        loss = self.accumulate(batches)
+        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss)
+
+    def gradient(self, batches: Sequence[MicroBatch]) -> torch.Tensor:
+        """The step's gradient without dropout, flat float32 [trained elements]."""
+        dropouts = [m for m in self.model.modules() if isinstance(m, torch.nn.Dropout)]
+        for dropout in dropouts:
+            dropout.eval()
+        self.accumulate(batches)
+        flat = torch.cat(
+            [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in self.params]
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        for dropout in dropouts:
+            dropout.train()
+        return flat
+
+    def loss(self, batch: MicroBatch) -> torch.Tensor:
+        """Summed loss of a micro-batch's labels."""
+        levers, attend = self.levers, self._mask(batch)
+        if levers.encoder_graph:
+            labels = torch.full_like(batch.input_ids, -100).flatten()
+            labels[batch.label_index + 1] = batch.labels
+            out = self.model(
+                input_ids=batch.input_ids,
+                attention_mask=attend,
+                input_features=batch.audio,
+                labels=labels.view_as(batch.input_ids),
+                use_cache=False,
+            )
+            return out.loss * len(batch.labels)
+        hidden = self._hidden(batch, attend)
+        states = hidden.reshape(-1, hidden.shape[-1])
+        if levers.label_head:
+            return head_nll(self.voxtral.lm_head, states[batch.label_index], batch.labels, 0.0).sum()
+        labels = torch.full((len(states),), -100, device=self.device)
+        labels[batch.label_index] = batch.labels
+        logits = self.voxtral.lm_head(states).float()
+        return torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+
+    def _mask(self, batch: MicroBatch) -> torch.Tensor | None:
+        if not self.levers.mask or self.levers.packed:
+            return None
+        return (batch.input_ids != PAD).long()
+
+    def _hidden(self, batch: MicroBatch, mask: Any) -> torch.Tensor:
+        levers, language_model = self.levers, self.voxtral.model.language_model
+        outside = contextlib.nullcontext()
+        if not levers.encoder_autocast:
+            outside = torch.autocast(self.device.type, enabled=False)
+        with outside:
+            states = None if batch.audio is None else self._encode(batch.audio)
+        embeds = self.voxtral.get_input_embeddings()(batch.input_ids)
+        if states is not None:
+            projected = self.voxtral.model.multi_modal_projector(states).to(embeds.dtype)
+            flat = embeds.reshape(-1, embeds.shape[-1]).index_copy(0, batch.audio_index, projected)
+            embeds = flat.view_as(embeds)
+        options: dict[str, Any] = {"attention_mask": mask, "position_ids": batch.position_ids}
+        with self._attention(batch, options):
+            return language_model(inputs_embeds=embeds, use_cache=False, **options).last_hidden_state
+
+    @torch.no_grad()
+    def _encode(self, audio: torch.Tensor) -> torch.Tensor:
+        tower = self.voxtral.model.audio_tower
+        states = tower(audio.to(tower.conv1.weight.dtype)).last_hidden_state
+        flat = states.reshape(-1, self.config.audio_config.intermediate_size)
+        return flat.to(self.voxtral.model.multi_modal_projector.linear_1.weight.dtype)
+
+    def _attention(
+        self, batch: MicroBatch, options: dict[str, Any]
+    ) -> contextlib.AbstractContextManager[None]:
+        language_model, kind = self.voxtral.model.language_model, self.levers.packed
+        if kind == "mask":
+            options["attention_mask"] = block_causal_mask(batch.position_ids)
+        if kind == "flex":
+            options["attention_mask"] = ours.block_causal_blocks(batch.position_ids)
+            return attention(language_model, "flex_attention")
+        if kind == "varlen":
+            options |= varlen_options(batch.position_ids)
+            return attention(language_model, VARLEN)
+        return contextlib.nullcontext()

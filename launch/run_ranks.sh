@@ -1,56 +1,40 @@
 #!/usr/bin/env bash
-# Runs a script on NPROC ranks of this machine:   PYTHON=python3 bash launch/run_ranks.sh SCRIPT FLAGS
+# Runs a script on the ranks of one machine or several:   PYTHON=python3 bash launch/run_ranks.sh SCRIPT FLAGS
 #
-# NPROC            number of ranks; default: one per GPU, 2 on a machine without
+# One machine      nothing more to say
+# Several          HOSTFILE=launch/hostfile, started on the first of them: reaches the others over ssh, see
+#                  launch/hostfile.example
+# Several, by hand NNODES=2 NODE_RANK=0 MASTER_ADDR=node-1 MASTER_PORT=29500, the same command on each of them with its
+#                  own NODE_RANK; LAUNCHER is torchrun then
+# In a slurm step  of several tasks each task is a rank, without a launcher: srun --ntasks-per-node=8 bash launch/train.sh
+#
+# NPROC            number of ranks of this machine; default: one per GPU, 2 on a machine without
 # LAUNCHER         deepspeed (default), torchrun, or python for one rank without a launcher
 # MASTER_PORT      default: a free one
-# SHUTDOWN_GRACE   seconds from TERM to KILL for ranks that outlive their launcher; default 60
+# SHUTDOWN_GRACE   seconds from TERM to KILL for ranks that outlive their launcher or this script; default 60
 #
-# TERM, INT, HUP and USR2 go on to the ranks, and not to the launcher, which would kill or orphan them; USR1 goes on
-# as USR2. The exit code is the one that rank 0 leaves in OUTPUT_DIR/exit_status.json, because torchrun turns every
-# failure into 1 and deepspeed calls a killed job a success. Without that file it is 75 for a job that a signal ended
-# while it started, else the launcher's, but never 0.
+# TERM, INT, HUP and USR2 go on to all ranks, USR1 as USR2, and the exit code is the one of rank 0: launch/supervise.py.
+# Whatever is killed, this script too, no process of the job is left on any machine: launch/guard.py.
 set -euo pipefail
 : "${PYTHON:?names the Python interpreter; start launch/train.sh or launch/evaluate.sh}"
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 script="$1"
 shift
 if [[ " $* " == *" --help "* ]]; then exec "$PYTHON" "$script" "$@"; fi
 
-# Launchers put ranks into sessions of their own, and a rank whose launcher died has lost its parent: what all
-# processes of this job keep is a mark in their environment.
-mark="VOXTRAL_DIST_JOB=$$-$(date +%s%N)"
-
-processes() { # all of this job
-    grep -lzsxF "$mark" /proc/[0-9]*/environ | tr -dc '0-9\n' || true
+fail() {
+    echo "error: $*" >&2
+    exit 2
 }
 
-is_rank() { # PID
-    grep -qzsxF "$mark" "/proc/$1/environ" && grep -qzs '^RANK=' "/proc/$1/environ"
-}
-
-ranks() { # without the helper processes that ranks start
-    local pid
-    for pid in $(processes); do
-        if is_rank "$pid" && ! is_rank "$(sed -n 's/^PPid:\t//p' "/proc/$pid/status")"; then echo "$pid"; fi
-    done 2>/dev/null
-}
-
-stopped=""
-pass_on() { # SIGNAL: to the ranks, or to the launcher before there are any
-    local pids
-    stopped=yes
-    pids="$(ranks)"
-    kill -s "$1" ${pids:-$! $(processes)} 2>/dev/null || true
-}
-
-wait_until_gone() { # SECONDS
-    local tick
-    for ((tick = 0; tick < 5 * $1; tick++)); do
-        if [ -z "$(processes)" ]; then return 0; fi
-        sleep 0.2
-    done
-    return 1
-}
+if [ -n "${SLURM_STEP_ID:-}" ] && [ "${SLURM_STEP_NUM_TASKS:-1}" -gt 1 ] && [ -z "${LAUNCHER:-}" ]; then
+    if [ -z "${MASTER_ADDR:-}" ]; then
+        MASTER_ADDR="$(scontrol show hostnames "$SLURM_STEP_NODELIST" 2>/dev/null | sed -n 1p)" ||
+            fail "no MASTER_ADDR and no scontrol that names the nodes; export MASTER_ADDR before srun"
+    fi
+    export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}" # below what systems hand out
+    exec "$PYTHON" "$script" "$@"
+fi
 
 flag_value() { # NAME FLAGS: the last value of --NAME VALUE or --NAME=VALUE
     local name="--$1" value="" previous=""
@@ -69,8 +53,19 @@ if [ -z "$output_dir" ] && [ -f "$config" ]; then
 fi
 status_file="${output_dir:+$output_dir/exit_status.json}"
 if [[ " $*" =~ " --dry_run"|" --debug" ]]; then status_file=""; fi # which leave the run directory alone
-if [ -n "$status_file" ]; then rm -f "$status_file"; fi
+grace="${SHUTDOWN_GRACE:-60}"
 
+if [ -n "${HOSTFILE:-}" ]; then
+    exec "$PYTHON" "$here/on_hosts.py" "$HOSTFILE" "$status_file" "$grace" "$script" "$@"
+fi
+
+nodes="${NNODES:-1}" node="${NODE_RANK:-0}"
+if [ "$nodes" -gt 1 ]; then
+    : "${LAUNCHER:=torchrun}" "${MASTER_PORT:=29500}"
+    [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$nodes but no MASTER_ADDR; set it to the address of the machine with NODE_RANK=0"
+    [ -n "${NODE_RANK:-}" ] && [ "$node" -lt "$nodes" ] ||
+        fail "NODE_RANK=${NODE_RANK:-}; each of NNODES=$nodes machines takes its own, from 0 to $((nodes - 1))"
+fi
 gpus=0
 if [ -e /dev/nvidia0 ] || command -v nvidia-smi >/dev/null; then
     gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
@@ -81,58 +76,41 @@ cores="$(nproc)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}"
 bind='import socket, sys; s, port = socket.socket(), int(sys.argv[1]) # one whose last user is just gone is free
 s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, port > 0); s.bind(("", port)); print(s.getsockname()[1])'
-if ! port="$("$PYTHON" -c "$bind" "${MASTER_PORT:-0}" 2>/dev/null)"; then
-    echo "error: MASTER_PORT=${MASTER_PORT:-} is in use or no port; leave it out and a free one is taken" >&2
-    exit 2
+port="${MASTER_PORT:-0}" address="${MASTER_ADDR:-127.0.0.1}"
+if [ "$nodes" -eq 1 ]; then address=127.0.0.1; fi
+if [ "$node" -eq 0 ] && ! port="$("$PYTHON" -c "$bind" "$port" 2>/dev/null)"; then
+    fail "MASTER_PORT=${MASTER_PORT:-} is in use or no port; leave it out and a free one is taken"
 fi
-unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT
+
+world() { # RANKS_OF_EACH_MACHINE: as deepspeed's launcher on each machine reads it
+    local slots host=0 text=""
+    for slots in ${1//,/ }; do
+        text+="${text:+, }\"node-$((host++))\": [$(seq -s , 0 $((slots - 1)))]"
+    done
+    base64 -w 0 <<<"{$text}" | tr '+/' '-_'
+}
 
 devices=(--num_gpus "$NPROC")
 if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then # --num_gpus would count from 0 again
     devices=(--include "localhost:$(cut -d , -f "-$NPROC" <<<"$CUDA_VISIBLE_DEVICES")")
     if [[ "$CUDA_VISIBLE_DEVICES" == *[!0-9,]* ]]; then : "${LAUNCHER:=torchrun}"; fi # deepspeed knows no UUIDs
 fi
-case "${LAUNCHER:=deepspeed}" in
-    deepspeed)
+case "${LAUNCHER:=deepspeed}/$((nodes > 1))" in
+    deepspeed/0)
         command=("$PYTHON" -m deepspeed.launcher.runner -q --hostfile /dev/null "${devices[@]}" --no_local_rank
-            --master_addr 127.0.0.1 --master_port "$port") ;;
-    torchrun)
-        command=("$PYTHON" -m torch.distributed.run --nnodes 1 --nproc-per-node "$NPROC"
-            --master-addr 127.0.0.1 --master-port "$port" --) ;; # without -- it reads abbreviations out of FLAGS
-    python)
-        command=(env RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT="$port" "$PYTHON") ;;
+            --master_addr "$address" --master_port "$port") ;;
+    deepspeed/1) # what deepspeed --hostfile starts on each machine
+        slots="${SLOTS:-$(printf "$NPROC,%.0s" $(seq "$nodes"))}"
+        command=("$PYTHON" -u -m deepspeed.launcher.launch "--world_info=$(world "$slots")" --node_rank "$node"
+            --master_addr "$address" --master_port "$port" --no_local_rank --quiet) ;;
+    torchrun/?)
+        command=("$PYTHON" -m torch.distributed.run --nnodes "$nodes" --node-rank "$node" --nproc-per-node "$NPROC"
+            --master-addr "$address" --master-port "$port" --) ;; # without -- it reads abbreviations out of FLAGS
+    python/0)
+        command=(env RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR="$address" MASTER_PORT="$port" "$PYTHON") ;;
     *)
-        echo "error: LAUNCHER=$LAUNCHER is not deepspeed, torchrun or python" >&2
-        exit 2 ;;
+        fail "LAUNCHER=$LAUNCHER is not deepspeed, torchrun or python${NNODES:+ (one machine only)}" ;;
 esac
-
-for signal in TERM INT HUP USR2; do trap "pass_on $signal" "$signal"; done
-trap "pass_on USR2" USR1
-set -m # a process group of its own: Ctrl-C then reaches this script alone
-env "$mark" "${command[@]}" "$script" "$@" </dev/null &
-set +m
-launcher=$!
-set +e
-while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done # a signal ends wait early
-wait "$launcher"
-code=$?
-
-orphans=""
-if ! wait_until_gone 1; then
-    orphans="$(ranks)"
-    echo "error: the launcher is gone (exit code $code) and left processes; ending them" >&2
-    pass_on TERM
-    stopped=""
-    wait_until_gone "${SHUTDOWN_GRACE:-60}" || kill -s KILL $(processes) 2>/dev/null
-    wait_until_gone 5
-fi
-if [ -f "$status_file" ]; then
-    code="$(sed -n 's/.*"exit_code"[[:space:]]*:[[:space:]]*\([0-9]\{1,3\}\).*/\1/p' "$status_file")"
-    exit "${code:-1}"
-fi
-if [ -n "$stopped" ] && [ -n "$status_file" ]; then exit 75; fi
-if [ "$code" -eq 0 ] && [ -n "$status_file$orphans" ]; then
-    echo "error: the launcher reports success but rank 0 left no ${status_file:-exit code}; taken as a failure" >&2
-    exit 1
-fi
-exit "$code"
+unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT
+exec "$PYTHON" "$here/supervise.py" --status "$status_file" --node_rank "$node" --grace "$grace" ${CONTROL:+--control} \
+    -- "${command[@]}" "$script" "$@"

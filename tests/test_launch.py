@@ -55,9 +55,9 @@ sys.exit(code)
 class Job:
     """A start of train.sh in ``folder``, where ``launch/train.py`` is the stub."""
 
-    def __init__(self, folder: Path, launcher: str, *flags: str, **env: str) -> None:
+    def __init__(self, folder: Path, launcher: str, *flags: str, out: Path | None = None, **env: str) -> None:
         self.ranks = 1 if launcher == "python" else 2
-        self.log_file = folder / "log"
+        self.log_file = out or folder / "log"
         self.mark = f"TEST_JOB={uuid.uuid4()}"
         settings = {"VOXTRAL_DIST_PYTHON": sys.executable, "NPROC": "2", "LAUNCHER": launcher, **env}
         command = ["env", self.mark, "bash", str(folder / "launch" / "train.sh"), *flags]
@@ -106,6 +106,12 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+def environ(pid: int) -> dict[str, str]:
+    """The environment of a process."""
+    words = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
 def parent_of(pid: int) -> int:
     """The process that started ``pid``."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
@@ -118,8 +124,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     (tmp_path / "launch" / "train.py").write_text(STUB)
     jobs: list[Job] = []
 
-    def start_job(launcher: str, *flags: str, **env: str) -> Job:
-        jobs.append(Job(tmp_path, launcher, *flags, **env))
+    def start_job(launcher: str, *flags: str, out: Path | None = None, **env: str) -> Job:
+        jobs.append(Job(tmp_path, launcher, *flags, out=out, **env))
         return jobs[-1]
 
     yield start_job
@@ -228,6 +234,49 @@ def test_a_killed_deepspeed_runner_leaves_nothing(start: Start) -> None:
     assert job.code() == 137, job.log
 
 
+@pytest.mark.parametrize("victim", ["script", "guard"])
+def test_whoever_looks_after_the_ranks_is_killed(start: Start, victim: str) -> None:
+    """The script and the guard, which watch each other; the ranks may save. The launcher is killed further below."""
+    job = start("python", "--output_dir", ".")
+    (rank,) = job.wait_for_ranks()
+    guard = parent_of(rank)
+    assert parent_of(guard) == job.process.pid
+    os.kill(job.process.pid if victim == "script" else guard, signal.SIGKILL)
+    code = job.process.wait(60)
+    until(lambda: job.pids() == [])
+    assert code == {"script": -signal.SIGKILL, "guard": 75}[victim], job.log
+    assert "got ['SIGTERM'], helper lives: True" in job.log
+
+
+def test_a_reader_of_the_output_that_dies_is_no_harm(start: Start, tmp_path: Path) -> None:
+    """As the tee of "train.sh | tee log" does at Ctrl-C."""
+    (tmp_path / "reader").mkdir()
+    os.mkfifo(tmp_path / "reader" / "pipe")
+    with subprocess.Popen(["cat", tmp_path / "reader" / "pipe"], stdout=subprocess.DEVNULL) as reader:
+        job = start("python", "--output_dir", ".", out=tmp_path / "reader" / "pipe")
+        until(lambda: any("RANK" in environ(pid) for pid in job.pids()))
+        time.sleep(0.5)
+        reader.kill()
+    job.process.send_signal(signal.SIGTERM)
+    assert job.code() == 75
+    assert (tmp_path / "exit_status.json").is_file(), "rank 0 broke off"
+
+
+def test_a_task_of_a_slurm_step_is_a_rank(start: Start, tmp_path: Path) -> None:
+    """Without launcher or guard: slurm signals the ranks themselves. MASTER_ADDR is the first node's."""
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf '%s\\n' n3 n4\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "n[3-4]"}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    job = start("", "--output_dir", ".", RANK="1", WORLD_SIZE="2", SLURM_JOB_ID="20007", PATH=path, **step)
+    until(lambda: "is" in job.log)
+    assert f"rank 1 of 2 is {job.process.pid}" in job.log
+    assert environ(job.process.pid)["MASTER_ADDR"] == "n3"
+    assert environ(job.process.pid)["MASTER_PORT"] == "10007"
+    job.process.send_signal(signal.SIGTERM)
+    assert job.code() == 75, job.log
+
+
 @slow
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_a_killed_rank_ends_the_job(start: Start, launcher: str) -> None:
@@ -242,6 +291,22 @@ def test_success_needs_a_record_and_an_old_one_does_not_count(
 ) -> None:
     (tmp_path / "exit_status.json").write_text('{"exit_code": 0}')
     assert start("python", "--output_dir=.", "--silent", "--code", str(rank_code)).code() == code
+
+
+@slow
+@pytest.mark.parametrize(("written", "code"), [("", 3), ('{"exit_code": 75}', 75), ("torn", 1)])
+def test_the_record_is_seen_late_on_other_machines(tmp_path: Path, written: str, code: int) -> None:
+    """What an earlier start left may still be there; rank 0 writes after the ranks of this machine have failed."""
+    record = tmp_path / "exit_status.json"
+    record.write_text('{"exit_code": 0}')
+    command = [sys.executable, str(ROOT / "launch/supervise.py"), "--status", str(record), "--node_rank", "1"]
+    with subprocess.Popen([*command, "--", sys.executable, "-c", "raise SystemExit(3)"]) as process:
+        time.sleep(2)
+        assert process.poll() is None, "did not wait"
+        if written:
+            record.with_suffix(".tmp").write_text(written)
+            record.with_suffix(".tmp").rename(record)
+        assert process.wait(30) == code
 
 
 def test_the_output_dir_of_a_config_file_is_found(start: Start, tmp_path: Path) -> None:
@@ -267,10 +332,38 @@ def test_help_needs_no_ranks(start: Start) -> None:
     [
         ({"LAUNCHER": "mpirun"}, "LAUNCHER=mpirun is not deepspeed, torchrun or python"),
         ({"VOXTRAL_DIST_PYTHON": "/no/python"}, "VOXTRAL_DIST_PYTHON=/no/python cannot be run"),
+        (
+            {"NNODES": "2", "NODE_RANK": "0"},
+            "NNODES=2 but no MASTER_ADDR; set it to the address of the machine with NODE_RANK=0",
+        ),
+        (
+            {"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"},
+            "NODE_RANK=2; each of NNODES=2 machines takes its own, from 0 to 1",
+        ),
+        (
+            {"HOSTFILE": "no/hosts"},
+            "HOSTFILE=no/hosts cannot be read ([Errno 2] No such file or directory: 'no/hosts'); "
+            "see launch/hostfile.example",
+        ),
     ],
 )
 def test_wrong_settings_are_one_line(start: Start, env: dict[str, str], message: str) -> None:
     job = start("python", **env)
+    assert job.code() == 2 and job.log == f"error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a slots=8\nb\n", "hosts:2: 'b' names no ranks; write NAME slots=N, one machine a line"),
+        ("a slots=0\n", "hosts:1: 'a slots=0' names no ranks; write NAME slots=N, one machine a line"),
+        ("a slots=1\n# again\na slots=2\n", "hosts:3: a is there twice; give it one line with all its slots"),
+        ("# none\n", "HOSTFILE=hosts names no machine; write NAME slots=N, one a line"),
+    ],
+)
+def test_a_wrong_hostfile_is_one_line(start: Start, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "hosts").write_text(text)
+    job = start("deepspeed", HOSTFILE="hosts")
     assert job.code() == 2 and job.log == f"error: {message}\n"
 
 

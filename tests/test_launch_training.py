@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from demo_runs import Demo, Process, read, steps
+from harness import ROOT
 from safetensors.torch import load_file
 from test_plan_batches import plan_batches
 from test_watchdog import environ, pids, until
@@ -155,6 +156,58 @@ def test_a_signal_while_it_starts(start: Start, demo: Demo, tmp_path: Path, laun
         assert read(run / "exit_status.json") == {"exit_code": 75, "message": message}
         assert job.text.count(f"error: {message}") == 1
         assert job.text.count("Traceback (most recent") == (launcher == "torchrun"), "torchrun shows its own"
+
+
+def command_of(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    return ""
+
+
+def victim_of(job: Job, name: str) -> int:
+    """A process of the job's tree."""
+    if name == "script":
+        return job.process.process.pid
+    if name.startswith("rank "):
+        return next(pid for pid in job.ranks() if environ(pid)["RANK"] == name.split()[1])
+    command = f"{sys.executable} {name.replace('launch/', f'{ROOT}/launch/')}"
+    return next(pid for pid in pids(job.mark) if command_of(pid).startswith(command))
+
+
+TREE = {
+    "deepspeed": ("-m deepspeed.launcher.runner", "-u -m deepspeed.launcher.launch"),
+    "torchrun": ("-m torch.distributed.run",),
+}
+
+
+@slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("launcher", "victim"),
+    [
+        (launcher, victim)
+        for launcher, own in TREE.items()
+        for victim in ("script", "launch/guard.py", *own, "rank 0", "rank 1")
+    ],
+)
+def test_whoever_is_killed_nothing_is_left_and_the_run_goes_on(
+    start: Start, demo: Demo, tmp_path: Path, launcher: str, victim: str
+) -> None:
+    run = tmp_path / "run"
+    flags = demo.flags(run, "--max_steps", str(STEPS), "--eval_steps", "0", "--save_steps", "4")
+    job = start(launcher, flags, SHUTDOWN_GRACE="20")
+    until(lambda: len(steps(run)) >= 6 or job.process.process.poll() is not None, 120)
+    os.kill(victim_of(job, victim), signal.SIGKILL)
+    code = job.process.end()
+    assert code == -signal.SIGKILL if victim == "script" else code not in {0, 2}, job.text
+    until(lambda: pids(job.mark) == [], 60)
+    newest = checkpoint.newest_whole(run)
+    assert newest is not None and checkpoint.step_of(newest) >= 4
+
+    job = start(launcher, flags)
+    assert job.code() == 0, job.text
+    assert f"going on from {newest}" in job.text
+    assert [line["step"] for line in steps(run)] == list(range(1, STEPS + 1))
 
 
 @slow

@@ -86,7 +86,9 @@ def test_embed_is_the_stock_scatter(tiny_model: Path, batch: MicroBatch) -> None
     model = base(tiny_model)
     with watched(model.model.language_model) as calls:
         stock_logits(model, batch)
-    ours = modeling.embed(model, batch.input_ids, batch.audio, batch.audio_index)
+    assert batch.audio is not None
+    states = modeling.encode_audio(model, batch.audio)
+    ours = modeling.embed(model, batch.input_ids, states, batch.audio_index)
     assert torch.equal(ours, calls[0][0]["inputs_embeds"])
     words = model.get_input_embeddings()(batch.input_ids)
     assert torch.equal(modeling.embed(model, batch.input_ids, None, batch.audio_index[:0]), words)
@@ -94,8 +96,11 @@ def test_embed_is_the_stock_scatter(tiny_model: Path, batch: MicroBatch) -> None
 
 
 def test_embed_refuses_another_number_of_slots(tiny_model: Path, batch: MicroBatch) -> None:
+    model = base(tiny_model)
+    assert batch.audio is not None
+    states = modeling.encode_audio(model, batch.audio)
     with pytest.raises(ValueError, match=r"74 \[AUDIO\] slots for 75 audio embeddings"):
-        modeling.embed(base(tiny_model), batch.input_ids, batch.audio, batch.audio_index[:-1])
+        modeling.embed(model, batch.input_ids, states, batch.audio_index[:-1])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -101,8 +101,16 @@ def test_flag_tables_are_complete_and_name_the_defaults(name: str) -> None:
 def test_no_unknown_flag_is_named(name: str) -> None:
     builder = load_script("tools/build_shards.py")._parser()
     known = OF_OTHERS | {"--config", "--no_bf16"} | {f for a in builder._actions for f in a.option_strings}
-    for tool in ("rescore", "analyze_errors", "compare_runs", "report_run", "run_experiment"):
+    for tool in (
+        "rescore",
+        "analyze_errors",
+        "compare_runs",
+        "report_run",
+        "run_experiment",
+        "export_adapter",
+    ):
         known |= set(re.findall(r'"(--[a-z_]+)"', (ROOT / f"tools/{tool}.py").read_text("utf-8")))
+    known |= {f for a in load_script("launch/submit.py")._parser()._actions for f in a.option_strings}
     known |= {f"--{field.name}" for c in OF_SCRIPT.values() for field in dataclasses.fields(c)}
     named = set(re.findall(r"`(--[\w-]+)", prose(read(name))))
     assert named and named <= known, f"unknown: {sorted(named - known)}"
@@ -128,6 +136,8 @@ def test_commands_parse(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             settings.parse(OF_SCRIPT[script], words[place + 1 :], script)
         elif script == "build_shards":
             builder.parse_args(words[place + 1 :])
+        elif script == "submit":
+            load_script("launch/submit.py")._parser().parse_args(words[place + 1 :])
     assert seen.count("train") >= 4 and {"evaluate", "build_shards", "setup"} <= set(seen)
     starts = [words[:2] for words in commands(read(name))]
     assert starts[:2] == [["bash", "launch/quickstart.sh"], ["bash", "launch/test.sh"]]

@@ -23,7 +23,8 @@ class MicroBatch:
         input_ids: int64 [B, L].
         position_ids: int64 [1, L] in the packed form, None in the padded form.
         audio: float32 [C, mel bins, frames] log-mel chunks in row order, or None without audio.
-        audio_index: int64 [C x tokens per chunk], flat positions (row * L + column) of the ``[AUDIO]`` slots.
+        audio_index: int64 [chunks x tokens per chunk], flat positions (row * L + column) of the ``[AUDIO]`` slots:
+            those of ``audio``, then those of ``encoded``.
         label_index: int64 [P], flat positions whose hidden state predicts a label: one left of the label.
         labels: int64 [P], the token to predict there.
         label_task: int64 [P], index of the label's task.
@@ -35,6 +36,8 @@ class MicroBatch:
         audio_seconds: seconds of audio, without padding.
         draw_hash: sum of :func:`voxtral_dist.plan.draw_hashes` over its examples, for the audit.
         bad_samples: names of samples that could not be read; their labels weigh nothing.
+        encoded: [chunks, encoder positions, encoder width], states of audio that an encoder cache holds, in row order.
+        audio_keys: for each example in ``audio`` its name in the encoder cache and its chunks; empty without a cache.
     """
 
     input_ids: torch.Tensor
@@ -52,6 +55,8 @@ class MicroBatch:
     audio_seconds: float
     draw_hash: int = 0
     bad_samples: list[str] = dataclasses.field(default_factory=list)
+    encoded: torch.Tensor | None = None
+    audio_keys: list[tuple[str, int]] = dataclasses.field(default_factory=list)
 
     @property
     def positions(self) -> int:

@@ -27,6 +27,8 @@ class Example:
         weight: what each of its labels weighs in the loss sum.
         key: name in its shard, for messages.
         error: why its audio could not be read; ``mel`` is then silence of the planned size and ``weight`` 0.
+        encoded: [chunks, encoder positions, encoder width], its states from an encoder cache, instead of ``mel``.
+        audio_key: its name in the encoder cache, empty without one.
     """
 
     sample: Sample
@@ -36,6 +38,8 @@ class Example:
     weight: float
     key: str
     error: str = ""
+    encoded: torch.Tensor | None = None
+    audio_key: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,12 @@ class Collator:
             first = start + len(prompt) - 1
             label_index += range(first, first + len(target))
         counts = torch.tensor([len(target) for target in targets])
+        encoded = [example.encoded for example in examples if example.encoded is not None]
         return MicroBatch(
             input_ids=input_ids,
             position_ids=torch.cat([torch.arange(n) for n in lengths])[None] if packed else None,
             audio=self.stack_audio(examples),
-            audio_index=self.audio_slots(input_ids),
+            audio_index=self._slots(examples, input_ids) if encoded else self.audio_slots(input_ids),
             label_index=torch.tensor(label_index),
             labels=torch.tensor(list(chain(*targets))),
             label_task=torch.tensor([example.task for example in examples]).repeat_interleave(counts),
@@ -93,7 +98,24 @@ class Collator:
             tokens=sum(lengths),
             audio_seconds=sum(example.n_samples for example in examples) / SAMPLE_RATE,
             bad_samples=[f"{example.key}: {example.error}" for example in examples if example.error],
+            encoded=torch.cat(encoded) if encoded else None,
+            audio_keys=self._audio_keys(examples),
         )
+
+    @staticmethod
+    def _audio_keys(examples: Sequence[Example]) -> list[tuple[str, int]]:
+        """Name and chunks of each log-mel; empty without an encoder cache."""
+        keys = [(example.audio_key, len(example.mel)) for example in examples if example.mel is not None]
+        return keys if any(key for key, _ in keys) else []
+
+    def _slots(self, examples: Sequence[Example], input_ids: torch.Tensor) -> torch.Tensor:
+        """Flat positions of the slots, those of log-mel first, then those of cached states."""
+        slots = self.audio_slots(input_ids)
+        heard = [example for example in examples if example.mel is not None or example.encoded is not None]
+        sizes = [int(self.spec.chunks(example.n_samples)) * self.spec.tokens_per_chunk for example in heard]
+        pieces = list(zip(heard, slots.split(sizes), strict=True))
+        fresh = [piece for example, piece in pieces if example.encoded is None]
+        return torch.cat(fresh + [piece for example, piece in pieces if example.encoded is not None])
 
     def pad(self, rows: Sequence[list[int]], left: bool = False) -> torch.Tensor:
         """int64 [rows, longest], padded on the right, or on the left for decoding."""

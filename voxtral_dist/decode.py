@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from voxtral_dist.batch import DecodeCaps
-from voxtral_dist.model import embed, unwrap
+from voxtral_dist.model import embed, encode_audio, unwrap
 
 ENDED_SHARE, ROOM = 8, 64
 """The cache is copied when one row in so many has ended, and when so many new tokens have filled it."""
@@ -172,7 +172,8 @@ def _enter(voxtral: Any, group: Prompts, entered: int, eos_id: int) -> _Block:
     ]
     visible = _flush_right(group.lengths, width, width, device)
     block = _Block(rows, DynamicCache(), group.input_ids, (visible.cumsum(1) - 1).clamp(min=0), None, width)
-    embeds = embed(voxtral, group.input_ids, group.audio, group.audio_index)
+    states = None if group.audio is None else encode_audio(voxtral, group.audio)
+    embeds = embed(voxtral, group.input_ids, states, group.audio_index)
     _next(voxtral, block, embeds, visible.long() if min(group.lengths) < width else None, eos_id)
     return block
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
+from voxtral_dist import memory, prepare
 from voxtral_dist.config import TrainConfig
 from voxtral_dist.data import TrainData
-from voxtral_dist.ds_config import BUCKET_LIMIT
 from voxtral_dist.flops import VoxtralFlops
 from voxtral_dist.loss import IGNORE_INDEX
 from voxtral_dist.report import table
@@ -20,9 +19,6 @@ LOW_BALANCE, GOOD_BALANCE = 0.95, 0.98
 MANY_EPOCHS = 20
 ASSUMED_FLOPS = 400e12
 """Matmul rate that the time estimate assumes per GPU: 40% of the dense bf16 peak of an H100."""
-
-FOUR_BIT_BYTES = 0.516
-"""Per weight in NF4 with quantised scales: 4.127 bits (Dettmers et al. 2023, section 3)."""
 
 
 def plan_lines(data: TrainData, world_size: int) -> list[str]:
@@ -137,45 +133,19 @@ def _show(ids: list[int], vocabulary: Any, audio_id: int) -> str:
 
 
 def size_lines(
-    config: TrainConfig, model_config: Any, data: TrainData, world_size: int, bytes_per_weight: int
+    config: TrainConfig, model_config: Any, data: TrainData, world_size: int, bf16: bool
 ) -> list[str]:
     """Estimates of memory per rank and of time, from the model's config and the plan."""
-    base, trained, linears = _count_parameters(config, model_config)
-    text = model_config.text_config
-    # what a decoder layer with adapters keeps per token for its backward pass: inputs of seven linears and of attention
-    per_token = (
-        (8 * text.hidden_size + 4 * text.intermediate_size) * bytes_per_weight * text.num_hidden_layers
-    )
-    if config.grad_ckpt:
-        per_token = text.hidden_size * bytes_per_weight * text.num_hidden_layers
-    gib = 1 << 30
-    saved = linears * (bytes_per_weight - FOUR_BIT_BYTES) if config.load_in_4bit else 0.0
-    weights = (base * bytes_per_weight - saved) / gib
-    states = (trained * (8 + 12 / world_size) + 4 * min(trained, BUCKET_LIMIT)) / gib
-    activations = data.caps.tokens * per_token / gib
-    cost = sum(int(data.step_costs(data.plan.step(i)).sum()) for i in range(min(20, data.plan.num_steps)))
-    flops = cost / min(20, data.plan.num_steps) / 1000 * 2 * VoxtralFlops.from_config(model_config).token
+    shape = memory.largest_shape(config, model_config)
+    lora = prepare.lora_settings(config)
+    needs = memory.estimate(config, model_config, lora, ranks=world_size, shape=shape, bf16=bf16)
+    steps = min(20, data.plan.num_steps)
+    cost = sum(int(data.step_costs(data.plan.step(i)).sum()) for i in range(steps))
+    flops = cost / steps / 1000 * 2 * VoxtralFlops.from_config(model_config).token
     hours = flops * data.plan.num_steps / (ASSUMED_FLOPS * world_size) / 3600
     return [
-        f"memory per rank, estimated: {weights:.2f} GiB weights ({base:,} frozen), {states:.2f} GiB trained weights "
-        f"with gradients, bucket and optimizer ({trained:,} trained), up to {activations:.2f} GiB activations at "
-        f"{data.caps.tokens:,} positions per micro-batch",
+        f"memory per rank, estimated, at {shape.positions:,} positions per micro-batch:",
+        *needs.lines(),
         f"time, estimated: {flops / 1e12:.3g} TFLOP per step; {hours:.3g} h if each rank ran at "
         f"{ASSUMED_FLOPS / 1e12:.0f} TFLOP/s (40% of an H100's bf16 peak)",
     ]
-
-
-def _count_parameters(config: TrainConfig, model_config: Any) -> tuple[int, int, int]:
-    """Frozen and trained parameters, and those that 4 bits can hold, counted on the meta device."""
-    from transformers import VoxtralForConditionalGeneration
-
-    from voxtral_dist import adapter
-    from voxtral_dist.prepare import lora_settings
-
-    with torch.device("meta"):
-        base = VoxtralForConditionalGeneration(model_config).requires_grad_(False)
-        pattern = re.compile(adapter.TARGET_MODULES["language_model"])
-        linears = sum(m.weight.numel() for name, m in base.named_modules() if pattern.fullmatch(name))
-        wrapped = adapter.attach(base, lora_settings(config))
-    trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    return sum(p.numel() for p in wrapped.parameters()) - trained, trained, linears

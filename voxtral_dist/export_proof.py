@@ -23,7 +23,7 @@ from voxtral_dist.batch import DecodeCaps
 from voxtral_dist.collator import Collator, Example
 from voxtral_dist.decode import Prompts, decode_stream
 from voxtral_dist.errors import UserError, VoxtralDistError
-from voxtral_dist.model import embed, unwrap
+from voxtral_dist.model import embed, encode_audio, unwrap
 from voxtral_dist.sample import Sample
 from voxtral_dist.shards import CorruptSampleError, ShardSet, sample_from_row
 
@@ -101,7 +101,8 @@ def behaviour(model: Any, rows: Sequence[Example], collator: Collator) -> Behavi
     voxtral, logits = unwrap(model).eval(), []
     prompts = [_prompt([row], collator) for row in rows]
     for prompt in tqdm(prompts, desc="proof", unit="prompt", leave=False):
-        embeds = embed(voxtral, prompt.input_ids, prompt.audio, prompt.audio_index)
+        heard = None if prompt.audio is None else encode_audio(voxtral, prompt.audio)
+        embeds = embed(voxtral, prompt.input_ids, heard, prompt.audio_index)
         states = voxtral.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
         logits.append(voxtral.lm_head(states[0, -POSITIONS:]).float())
     end = collator.vocabulary.special("</s>")

@@ -8,7 +8,7 @@ The loss is a sum, per task, so that the step can be normalised over all ranks.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -141,6 +141,9 @@ class TrainingModel(torch.nn.Module):
         num_tasks: number of tasks the losses are summed by.
         label_smoothing: in [0, 1).
         packed_kernel: packed rows use a kernel instead of a mask; see :mod:`voxtral_dist.packed_attention`.
+
+    Attributes:
+        on_encoded: told the encoder's states of a micro-batch that has ``audio_keys``, and these; None: nobody.
     """
 
     def __init__(
@@ -152,6 +155,7 @@ class TrainingModel(torch.nn.Module):
         self.num_tasks = num_tasks
         self.label_smoothing = label_smoothing
         self.encoder_trains = any(p.requires_grad for p in self.voxtral.model.audio_tower.parameters())
+        self.on_encoded: Callable[[Sequence[tuple[str, int]], torch.Tensor], None] | None = None
 
     @property
     def voxtral(self) -> Any:
@@ -173,9 +177,7 @@ class TrainingModel(torch.nn.Module):
     def forward(self, batch: MicroBatch) -> ForwardResult:
         """Sums of losses of one micro-batch on the model's device."""
         voxtral = self.voxtral
-        embeds = embed(
-            voxtral, batch.input_ids, batch.audio, batch.audio_index, encoder_trains=self.encoder_trains
-        )
+        embeds = embed(voxtral, batch.input_ids, self._states(batch), batch.audio_index)
         language_model, mask = voxtral.model.language_model, None
         by_kernel = self.packed_kernel and batch.position_ids is not None
         if batch.position_ids is not None:
@@ -192,6 +194,15 @@ class TrainingModel(torch.nn.Module):
         sums[1].index_add_(0, batch.label_task, counts)
         return ForwardResult((nll * batch.label_weight).sum(), sums[0], sums[1])
 
+    def _states(self, batch: MicroBatch) -> torch.Tensor | None:
+        """The encoder's states of a micro-batch's audio: computed, then those that were cached."""
+        if batch.audio is None:
+            return batch.encoded
+        states = encode_audio(self.voxtral, batch.audio, encoder_trains=self.encoder_trains)
+        if self.on_encoded and batch.audio_keys:
+            self.on_encoded(batch.audio_keys, states)
+        return states if batch.encoded is None else torch.cat([states, batch.encoded])
+
 
 def unwrap(model: Any) -> Any:
     """The ``VoxtralForConditionalGeneration`` below a ``PeftModel``, or the model itself."""
@@ -199,21 +210,15 @@ def unwrap(model: Any) -> Any:
 
 
 def embed(
-    voxtral: Any,
-    input_ids: torch.Tensor,
-    audio: torch.Tensor | None,
-    audio_index: torch.Tensor,
-    *,
-    encoder_trains: bool = False,
+    voxtral: Any, input_ids: torch.Tensor, states: torch.Tensor | None, audio_index: torch.Tensor
 ) -> torch.Tensor:
     """Input embeddings with the audio put in its slots.
 
     Args:
         voxtral: ``VoxtralForConditionalGeneration``.
         input_ids: int64 [B, L].
-        audio: float32 [C, mel bins, frames], or None.
+        states: [C, encoder positions, encoder width] of :func:`encode_audio`, or None without audio.
         audio_index: int64 [C x tokens per chunk], flat positions of the slots.
-        encoder_trains: keep the encoder's graph.
 
     Returns:
         [B, L, hidden size].
@@ -221,22 +226,22 @@ def embed(
     Raises:
         ValueError: the number of slots is not that of the audio embeddings; the audio would be misplaced.
     """
-    embeds = voxtral.get_input_embeddings()(input_ids)
-    if audio is None:
+    embeds: torch.Tensor = voxtral.get_input_embeddings()(input_ids)
+    if states is None:
         return embeds
-    projected = encode_audio(voxtral, audio, encoder_trains=encoder_trains).to(embeds.dtype)
+    projector = voxtral.model.multi_modal_projector
+    flat = states.reshape(-1, voxtral.config.audio_config.intermediate_size)
+    projected = projector(flat.to(projector.linear_1.weight.dtype)).to(embeds.dtype)
     if len(projected) != len(audio_index):
         raise ValueError(f"{len(audio_index)} [AUDIO] slots for {len(projected)} audio embeddings")
     return embeds.reshape(-1, embeds.shape[-1]).index_copy(0, audio_index, projected).view_as(embeds)
 
 
 def encode_audio(voxtral: Any, audio: torch.Tensor, *, encoder_trains: bool = False) -> torch.Tensor:
-    """Audio embeddings [C x tokens per chunk, hidden size] of log-mel chunks [C, mel bins, frames]."""
-    core = voxtral.model
+    """The encoder's states [C, encoder positions, encoder width] of log-mel chunks [C, mel bins, frames]."""
     with nullcontext() if encoder_trains else torch.no_grad():
-        states = core.audio_tower(audio).last_hidden_state
-    flat = states.reshape(-1, voxtral.config.audio_config.intermediate_size)
-    return core.multi_modal_projector(flat.to(core.multi_modal_projector.linear_1.weight.dtype))
+        states: torch.Tensor = voxtral.model.audio_tower(audio).last_hidden_state
+    return states
 
 
 def checkpoint_layers(voxtral: Any) -> None:

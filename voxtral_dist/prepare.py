@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from voxtral_dist.collator import Collator
 from voxtral_dist.config import CommaList, DataConfig, EvalConfig, TrainConfig, split_list
 from voxtral_dist.decode_share import DecodeSettings
 from voxtral_dist.distributed import World
+from voxtral_dist.encoder_cache import GB, EncoderCache, fingerprint
 from voxtral_dist.errors import UserError
 from voxtral_dist.logger import get_logger
 from voxtral_dist.packed_attention import kernel_is_right
@@ -192,6 +194,22 @@ def training_model(config: TrainConfig, device: torch.device, num_tasks: int) ->
     if config.grad_ckpt:
         model.checkpoint_layers(training.voxtral)
     return training
+
+
+def open_encoder_cache(
+    config: TrainConfig, training: model.TrainingModel, tasks: Sequence[TaskData]
+) -> EncoderCache | None:
+    """Let training data read the encoder's states from ``--encoder_cache``, and the model add to it; None without."""
+    if not config.encoder_cache:
+        return None
+    tower = training.voxtral.model.audio_tower
+    cache = EncoderCache(
+        Path(config.encoder_cache), int(config.encoder_cache_gb * GB), fingerprint(tower, tower.config)
+    )
+    training.on_encoded = cache.put
+    for task in tasks:
+        task.encoder_cache = cache
+    return cache
 
 
 DECISIVE = (

@@ -14,6 +14,7 @@ import torch
 from voxtral_dist.audio import log_mel
 from voxtral_dist.audio_file import AudioError, decode
 from voxtral_dist.collator import Collator, Example
+from voxtral_dist.encoder_cache import EncoderCache, audio_key
 from voxtral_dist.lengths import PROMPT, SAMPLES, TARGET, example_lengths
 from voxtral_dist.plan import Int64
 from voxtral_dist.sample import Sample
@@ -36,6 +37,9 @@ class TaskData:
         sets: its data sets.
         collator: prompts, tokenizer and audio sizes of the model.
         slice_: this rank and the number of ranks, which share the counting of tokens; None: others do it.
+
+    Attributes:
+        encoder_cache: where states of audio may lie already, None: nowhere.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class TaskData:
         self.name = name
         self.sets = list(sets)
         self.spec = collator.spec
+        self.encoder_cache: EncoderCache | None = None
         self._starts = [0, *accumulate(len(s) for s in sets)]
         self._tables = [
             example_lengths(s, collator.vocabulary, spoken_question=collator.spoken_question, slice_=slice_)
@@ -142,14 +147,22 @@ class TaskData:
             record = shards.read(place)
             key, sample = record.key, sample_from_row(record.row)
             data = record.audio if audio_from is None else self.sets[number].read(heard).audio
-            mel = None if data is None else log_mel(decode(data), self.spec)
-            return Example(sample, mel, n_samples, task, weight, key)
+            hash_ = audio_key(data) if data is not None and self.encoder_cache else ""
+            encoded = self._encoded(hash_, n_samples)
+            mel = None if data is None or encoded is not None else log_mel(decode(data), self.spec)
+            return Example(sample, mel, n_samples, task, weight, key, encoded=encoded, audio_key=hash_)
         except (CorruptSampleError, AudioError) as error:
             with suppress(CorruptSampleError):  # the words may be whole where the audio is not
                 sample = shards.sample(place)
             chunks = int(self.spec.chunks(n_samples))
             silence = torch.zeros(chunks, self.spec.num_mel_bins, self.spec.chunk_frames) if chunks else None
             return Example(sample, silence, n_samples, task, 0.0, key, str(error))
+
+    def _encoded(self, hash_: str, n_samples: int) -> torch.Tensor | None:
+        """States of audio with this hash that the cache holds, None without."""
+        if self.encoder_cache is None or not hash_:
+            return None
+        return self.encoder_cache.get(hash_, int(self.spec.chunks(n_samples)))
 
 
 def open_tasks(

@@ -183,9 +183,7 @@ def print_dry_run(config: TrainConfig, data: TrainData, world: World) -> None:
     """Everything that ``--dry_run`` shows."""
     print("\n".join(dry_run.plan_lines(data, world.world_size)), flush=True)
     bf16 = prepare.use_bf16(config, distributed.local_device(world))
-    lines = dry_run.size_lines(
-        config, model.read_config(config.model_id), data, world.world_size, 2 if bf16 else 4
-    )
+    lines = dry_run.size_lines(config, model.read_config(config.model_id), data, world.world_size, bf16)
     print("\n".join([*lines, *dry_run.prompt_lines(data)]), flush=True)
 
 
@@ -207,7 +205,9 @@ def fit(
         ds_config=config.ds_config,
         seed=config.seed,
     )
-    engine = TrainEngine(prepare.training_model(config, device, len(data.tasks)), engine_settings)
+    training = prepare.training_model(config, device, len(data.tasks))
+    cache = prepare.open_encoder_cache(config, training, data.tasks)
+    engine = TrainEngine(training, engine_settings)
     state = TrainState.restored(checkpoint.load(newest, engine)) if newest else TrainState()
     log.info("%s", f"going on from {newest}" if newest else f"starting at step 0, no checkpoint in {out}")
     monitor = Monitor.create(out, distributed.rank(), config.private_text, state.step)
@@ -230,6 +230,8 @@ def fit(
         trainer.fit()
     finally:
         monitor.close()
+        if cache:
+            cache.close()
     if distributed.rank() == 0:
         write_page(out)
     finish(out)

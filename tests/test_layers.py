@@ -18,8 +18,8 @@ LAYERS = {
     "1 words": "sample tasks text_norm normalizers ngram_scores scoring significance record_scores text_checks "
     "loss batch flops early_stopping",
     "2 data": "tar_members shard_format shard_reader shard_source shard_cache encoder_cache shards foreign_tar foreign "
-    "verify_tar verify data_stats jsonl jsonl_check row_filter pack_plan packing arm_flags audio_file audio tokenizer lengths "
-    "mix stages plan plan_history schedule shares audit micro_batches collator task_data data step_loader eval_data "
+    "verify_tar verify data_stats jsonl jsonl_check row_filter pack_plan packing arm_flags audio_file audio tokenizer "
+    "lengths mix stages plan plan_history schedule shares audit micro_batches collator task_data data step_loader eval_data "
     "pauses mpeg recordings predict_rows predict_data dev_sound",
     "2 model": "packed_attention ds_config model full_tuning adapter step_memory memory step_sums health train_state "
     "step_metrics engine optimizer_state checkpoint saver monitor gpu_meter decode prediction_parts decode_share "

@@ -100,7 +100,7 @@ def test_transcription(load: Callable[[str], ModuleType], monkeypatch: pytest.Mo
 
 def test_simulated_scaling(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
     bench = load("bench_scaling")
-    monkeypatch.setattr(bench, "shape", importlib.import_module("bench_train_step").__dict__["shape"])
+    monkeypatch.setattr(bench, "shape", importlib.import_module("bench_model").shape)
     monkeypatch.setattr(bench, "overheads", lambda: [100.0])
     monkeypatch.setattr(bench, "STEPS", {8: 2, 64: 1})
     monkeypatch.setattr(bench, "RANKS", (8, 64))

@@ -17,18 +17,20 @@ LAYERS = {
     "0 ground": "errors activity atomic config distributed logger watchdog workers",
     "1 words": "sample tasks text_norm normalizers ngram_scores scoring significance record_scores text_checks "
     "loss batch flops early_stopping",
-    "2 data": "tar_members shard_format shard_reader shard_source shard_cache encoder_cache shards foreign_tar foreign "
-    "verify_tar verify data_stats jsonl jsonl_check row_filter pack_plan packing arm_flags audio_file audio tokenizer "
-    "lengths mix stages plan plan_history schedule shares audit micro_batches collator task_data data step_loader eval_data "
-    "pauses mpeg recordings predict_rows predict_data dev_sound",
-    "2 model": "packed_attention ds_config model full_tuning adapter step_memory memory step_sums health train_state "
-    "step_metrics engine optimizer_state checkpoint saver monitor gpu_meter decode prediction_parts decode_share "
-    "run_dir resume mistral_names export_file export_weights export_source export_models export_adapters",
+    "2 data": "tar_members shard_format shard_reader shard_source shard_cache encoder_cache shards foreign_tar "
+    "foreign verify_tar verify data_stats jsonl jsonl_check row_filter pack_plan packing arm_flags audio_file "
+    "audio tokenizer lengths mix stages plan plan_history schedule shares audit micro_batches collator task_data "
+    "data step_loader eval_data pauses mpeg recordings predict_rows predict_data dev_sound",
+    "2 model": "packed_attention ds_config model full_tuning adapter step_memory memory step_sums health "
+    "train_state step_metrics engine optimizer_state checkpoint saver monitor gpu_meter decode prediction_parts "
+    "decode_share run_dir resume mistral_names export_file export_weights export_source export_models "
+    "export_adapters",
     "2 results": "report predictions figures charts row_charts page run_record run_charts run_facts run_report "
-    "model_card error_rows error_groups error_checks error_analysis error_page "
-    "differences comparison comparison_page transfer arm_comparison",
+    "model_card error_rows error_groups error_checks error_analysis error_page differences comparison "
+    "comparison_page transfer arm_comparison",
     "3 work": "trainer validation_loss gradient_conflict evaluator prepare experiment export_proof",
-    "4 runs": "dry_run debug_run micro_batch_probe step_evaluation training_run evaluation_run prediction_run export",
+    "4 runs": "dry_run debug_run micro_batch_probe step_evaluation training_run evaluation_run prediction_run "
+    "export",
 }
 CLOSED = {"3 work"}
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_train_step import device_facts, random_model, shape
+from bench_model import device_facts, random_model, shape
 from train_step_arms import AUDIO, FIRST_WORD, PAD
 
 from voxtral_dist import model

@@ -35,8 +35,9 @@ from typing import Any
 import numpy as np
 import torch
 from bench_balance import capped, lengths
+from bench_model import random_model, shape
 from bench_overhead import overheads
-from bench_train_step import random_model, shape, useful_flops
+from bench_train_step import useful_flops
 from train_step_arms import TASKS, Lengths, collate, draw_lengths
 
 from voxtral_dist import distributed

@@ -236,7 +236,9 @@ def bench(device: torch.device, chosen: dict[str, Levers], rounds: int, steps: i
     results = {name: Measured() for name in chosen}
     for name in [*chosen] * rounds:
         run_round(arms, chosen[name], results[name], steps, warm_up=not results[name].seconds)
-        print(f"{name}: {results[name].seconds[-1]:.2f} s", file=sys.stderr, flush=True)
+        seconds = results[name].seconds[-1]
+        mfu = facts["flops"] / seconds / peak.flops
+        print(f"{name}: {seconds:.2f} s, MFU {mfu:.1%}", file=sys.stderr, flush=True)
     found = facts | {"arms": table(results, errors, facts)}
     if device.type == "cuda":
         profile(arms, list(chosen.values())[-1])

@@ -292,6 +292,8 @@ class Arms:
             projected = self.voxtral.model.multi_modal_projector(states).to(embeds.dtype)
             flat = embeds.reshape(-1, embeds.shape[-1]).index_copy(0, batch.audio_index, projected)
             embeds = flat.view_as(embeds)
+        if levers.compiled:  # or the first layer, whose input needs no gradient, is compiled a second time
+            embeds.requires_grad_()
         options: dict[str, Any] = {"attention_mask": mask, "position_ids": batch.position_ids}
         with self._attention(batch, options):
             return language_model(inputs_embeds=embeds, use_cache=False, **options).last_hidden_state

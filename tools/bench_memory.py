@@ -34,7 +34,7 @@ from voxtral_dist.engine import TrainEngine
 from voxtral_dist.errors import UserError, run_main
 from voxtral_dist.micro_batch_probe import MadeUp, held_by
 from voxtral_dist.model import TrainingModel, checkpoint_layers
-from voxtral_dist.packed_attention import kernel_is_right
+from voxtral_dist.packed_attention import MASK, best_kernel
 from voxtral_dist.step_memory import LiveBytes, Shape
 
 MAX_LEN = {"mini": 2048, "tiny": 128}
@@ -137,8 +137,8 @@ def arm(name: str, flags: TrainConfig, sizes: Iterable[int], config: Any, meter:
     device, left = meter.device, meter.left()
     bf16, lora = device.type == "cuda", prepare.lora_settings(flags)
     wrapped = adapter.attach(base(config, device), lora)
-    kernel = flags.packed and kernel_is_right(device, config.text_config, torch.bfloat16)
-    training = TrainingModel(wrapped, 1, packed_kernel=kernel)
+    kind = best_kernel(device, config.text_config, torch.bfloat16) if flags.packed else MASK
+    training, kernel = TrainingModel(wrapped, 1, packed_kernel=kind), kind != MASK
     if flags.grad_ckpt:
         checkpoint_layers(training.voxtral)
     engine, held = engine_of(training, EngineSettings(bf16=bf16))

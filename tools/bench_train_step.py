@@ -31,6 +31,7 @@ from train_step_arms import Arms, Lengths, Levers, draw_lengths
 from voxtral_dist import flops
 from voxtral_dist.atomic import write_bytes
 from voxtral_dist.errors import UserError, run_main
+from voxtral_dist.packed_attention import FLEX, MASK, VARLEN
 
 ROWS = {"cuda": 8, "cpu": 8}
 """Examples in a micro-batch of the usual recipe."""
@@ -60,12 +61,12 @@ def ladder(device: torch.device) -> dict[str, Levers]:
         pulls[-1:] = [
             ("no input casting", {"casting": False}),
             ("encoder outside autocast", {"encoder_autocast": False}),
-            ("packed, flex_attention", {"packed": "flex"}),
-            ("packed, varlen_attn", {"packed": "varlen"}),
+            ("packed, flex_attention", {"packed": FLEX}),
+            ("packed, varlen_attn", {"packed": VARLEN}),
             ("compiled layers", {"compiled": True}),
         ]
     else:
-        pulls += [("packed, mask", {"packed": "mask"})]
+        pulls += [("packed, mask", {"packed": MASK})]
     start = {"fused": True} if device.type == "cuda" else {}
     arms, levers = {}, Levers(**start)
     for name, pulled in pulls:

@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from varlen_attention import VARLEN, varlen_options
 
 from voxtral_dist import model as ours
 from voxtral_dist.batch import MicroBatch
 from voxtral_dist.loss import head_nll
 from voxtral_dist.micro_batches import Caps, cut
-from voxtral_dist.packed_attention import attention, block_causal_mask
+from voxtral_dist.packed_attention import attending, packed_options
 
 AUDIO, PAD, FIRST_WORD = 24, 11, 1000
 
@@ -39,7 +38,7 @@ class Levers:
         tokens: examples of like length go together, up to so many positions; 0: so many in random order.
         summed: the loss is a sum over the step's tokens, else the mean of the micro-batches' means.
         recompute: compute every so-manieth decoder layer again in the backward pass; 0: none.
-        packed: rows without padding: "" (padded), "mask", "flex" or "varlen".
+        packed: rows without padding, and how they attend: "" (padded), or a name of voxtral_dist.packed_attention.
         reduce_once: one reduction of the gradients per step, else one per micro-batch.
         casting: peft casts the input of each adapter to float32.
         encoder_autocast: the encoder runs inside autocast, which computes its layer norms in float32.
@@ -309,12 +308,7 @@ class Arms:
         self, batch: MicroBatch, options: dict[str, Any]
     ) -> contextlib.AbstractContextManager[None]:
         language_model, kind = self.voxtral.model.language_model, self.levers.packed
-        if kind == "mask":
-            options["attention_mask"] = block_causal_mask(batch.position_ids)
-        if kind == "flex":
-            options["attention_mask"] = ours.block_causal_blocks(batch.position_ids)
-            return attention(language_model, "flex_attention")
-        if kind == "varlen":
-            options |= varlen_options(batch.position_ids)
-            return attention(language_model, VARLEN)
+        if kind:
+            options |= packed_options(batch.position_ids, kind)
+            return attending(language_model, kind)
         return contextlib.nullcontext()

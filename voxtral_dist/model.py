@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from voxtral_dist.batch import MicroBatch
 from voxtral_dist.errors import UserError
 from voxtral_dist.loss import head_nll
-from voxtral_dist.packed_attention import KERNEL, attention, block_causal_blocks, block_causal_mask
+from voxtral_dist.packed_attention import MASK, attending, attention, packed_options
 
 
 def config_values(model_id: str) -> dict[str, Any]:
@@ -140,14 +140,14 @@ class TrainingModel(torch.nn.Module):
         model: ``VoxtralForConditionalGeneration``, or the ``PeftModel`` around it.
         num_tasks: number of tasks the losses are summed by.
         label_smoothing: in [0, 1).
-        packed_kernel: packed rows use a kernel instead of a mask; see :mod:`voxtral_dist.packed_attention`.
+        packed_kernel: how packed rows attend, of :mod:`voxtral_dist.packed_attention`.
 
     Attributes:
         on_encoded: told the encoder's states of a micro-batch that has ``audio_keys``, and these; None: nobody.
     """
 
     def __init__(
-        self, model: Any, num_tasks: int, label_smoothing: float = 0.0, packed_kernel: bool = False
+        self, model: Any, num_tasks: int, label_smoothing: float = 0.0, packed_kernel: str = MASK
     ) -> None:
         super().__init__()
         self.packed_kernel = packed_kernel
@@ -178,13 +178,12 @@ class TrainingModel(torch.nn.Module):
         """Sums of losses of one micro-batch on the model's device."""
         voxtral = self.voxtral
         embeds = embed(voxtral, batch.input_ids, self._states(batch), batch.audio_index)
-        language_model, mask = voxtral.model.language_model, None
-        by_kernel = self.packed_kernel and batch.position_ids is not None
-        if batch.position_ids is not None:
-            mask = (block_causal_blocks if by_kernel else block_causal_mask)(batch.position_ids)
-        with attention(language_model, KERNEL) if by_kernel else nullcontext():
+        language_model, positions = voxtral.model.language_model, batch.position_ids
+        kind = MASK if positions is None else self.packed_kernel
+        options = {} if positions is None else packed_options(positions, kind)
+        with attending(language_model, kind):
             hidden = language_model(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+                inputs_embeds=embeds, position_ids=positions, use_cache=False, **options
             ).last_hidden_state
         states = hidden.reshape(-1, hidden.shape[-1])[batch.label_index]
         nll = head_nll(voxtral.lm_head, states, batch.labels, self.label_smoothing)

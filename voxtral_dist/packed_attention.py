@@ -1,18 +1,24 @@
 """Attention within the examples of a packed row: by a mask on any device, by a kernel where it proves right.
 
-The kernel is PyTorch's flex_attention as transformers calls it. It skips the blocks between examples, which the mask
-computes and throws away; it has no backward pass on a CPU. Before a run uses it, one small row goes through both.
+Kernels skip what lies between examples, which the mask computes and throws away. PyTorch's varlen_attn takes the
+lengths of the examples, needs no compiler, and runs on CUDA in bfloat16 alone; flex_attention, as transformers calls
+it, takes other types too but has no backward pass on a CPU. Before a run uses one, a small row goes through it and the
+mask.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
 
 from voxtral_dist.logger import get_logger
 
@@ -49,8 +55,78 @@ def block_causal_blocks(position_ids: torch.Tensor) -> BlockMask:
     return create_block_mask(allowed, None, None, length, length, device=str(position_ids.device))
 
 
-KERNEL = "flex_attention"
-"""Its name in transformers."""
+MASK, FLEX, VARLEN = "mask", "flex_attention", "varlen_attn"
+"""Ways to attend; a kernel's name in transformers is the same."""
+
+_VARLEN_KNOWS = set(inspect.signature(varlen_attn).parameters)
+_VARLEN_CAUSAL: dict[str, Any] = (
+    {"window_size": (-1, 0)} if "window_size" in _VARLEN_KNOWS else {"is_causal": True}
+)
+"""Its arguments differ between PyTorch 2.11 and later ones."""
+
+
+def varlen_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float,
+    cu_seq_lens_q: torch.Tensor,
+    max_length_q: int,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each example of a packed row by varlen_attn, as transformers calls it.
+
+    Args:
+        module: unused.
+        query: bf16 [1, heads, L, head size].
+        key: [1, key-value heads, L, head size].
+        value: as ``key``.
+        attention_mask: unused.
+        scaling: of the scores.
+        cu_seq_lens_q: int32 [examples + 1], first positions of the examples, and L.
+        max_length_q: at least the length of the longest example.
+        others: unused.
+
+    Returns:
+        [1, L, heads, head size], and None for the attention weights.
+    """
+    query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
+    grouped = {"enable_gqa": True}
+    if "enable_gqa" not in _VARLEN_KNOWS:
+        groups, grouped = query.shape[1] // key.shape[1], {}
+        key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+    ends = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    return varlen_attn(query, key, value, *ends, scale=scaling, **_VARLEN_CAUSAL, **grouped)[None], None
+
+
+AttentionInterface.register(VARLEN, varlen_forward)
+AttentionMaskInterface.register(VARLEN, lambda *args, **kwargs: None)
+
+
+def varlen_options(position_ids: torch.Tensor) -> dict[str, Any]:
+    """What :func:`varlen_forward` wants to know of a packed row.
+
+    Args:
+        position_ids: int64 [1, L], starting again at 0 with each example.
+    """
+    starts = (position_ids[0] == 0).nonzero().flatten()
+    ends = torch.cat([starts, starts.new_tensor([position_ids.shape[1]])]).int()
+    longest = int(ends.diff().max())
+    return {"cu_seq_lens_q": ends, "max_length_q": 1 << (longest - 1).bit_length()}
+
+
+def packed_options(position_ids: torch.Tensor, kind: str) -> dict[str, Any]:
+    """Arguments of the language model that keep attention within the examples of a packed row.
+
+    Args:
+        position_ids: int64 [1, L], starting again at 0 with each example.
+        kind: one of :data:`MASK`, :data:`FLEX` and :data:`VARLEN`.
+    """
+    if kind == VARLEN:
+        return varlen_options(position_ids)
+    return {"attention_mask": (block_causal_blocks if kind == FLEX else block_causal_mask)(position_ids)}
 
 
 @contextmanager
@@ -65,26 +141,41 @@ def attention(language_model: Any, implementation: str) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def kernel_is_right(device: torch.device, text_config: Any, dtype: torch.dtype) -> bool:
-    """Whether packed rows can use the kernel here: it runs, forward and backward, and agrees with the mask."""
-    if device.type != "cuda":
-        return False
+def attending(language_model: Any, kind: str) -> Any:
+    """Context in which the language model attends in this way; its own for :data:`MASK`."""
+    return nullcontext() if kind == MASK else attention(language_model, kind)
+
+
+def best_kernel(device: torch.device, text_config: Any, dtype: torch.dtype) -> str:
+    """The first kernel that can be used here, :data:`MASK` without one: it runs, forward and backward, and is right."""
+    if device.type == "cuda":
+        for kernel in (VARLEN, FLEX) if dtype is torch.bfloat16 else (FLEX,):
+            if kernel_is_right(kernel, device, text_config, dtype):
+                return kernel
+    return MASK
+
+
+def kernel_is_right(kernel: str, device: torch.device, text_config: Any, dtype: torch.dtype) -> bool:
+    """Whether a kernel runs here, forward and backward, and agrees with the mask."""
     try:
-        error = kernel_error(device, text_config, dtype)
+        error = kernel_error(kernel, device, text_config, dtype)
     except Exception as failure:  # a compiler that is missing, a shape that is not supported
         log.warning(
-            "packed rows use the mask, the kernel does not run here: %s", str(failure).splitlines()[0]
+            "packed rows do without %s, it does not run here: %s", kernel, str(failure).splitlines()[0]
         )
         return False
     if error > TOLERANCE[dtype]:
-        log.warning("packed rows use the mask, the kernel is off by %.1e of the largest value", error)
+        log.warning("packed rows do without %s, it is off by %.1e of the largest value", kernel, error)
     return error <= TOLERANCE[dtype]
 
 
-def kernel_error(device: torch.device, text_config: Any, dtype: torch.dtype, backward: bool = True) -> float:
+def kernel_error(
+    kernel: str, device: torch.device, text_config: Any, dtype: torch.dtype, backward: bool = True
+) -> float:
     """Largest difference between kernel and mask, of the output and the gradients, relative to the largest value.
 
     Args:
+        kernel: :data:`FLEX` or :data:`VARLEN`.
         device: where to compare.
         text_config: heads and their sizes.
         dtype: of queries, keys and values; the mask is computed in float32.
@@ -98,14 +189,22 @@ def kernel_error(device: torch.device, text_config: Any, dtype: torch.dtype, bac
     values = [torch.randn(shape, generator=random).to(device, dtype) for shape in shapes]
     ours = [value.clone().requires_grad_(backward) for value in values]
     theirs = [value.float().requires_grad_(backward) for value in values]
-    module = torch.nn.Module().train()
-    got = flex_attention_forward(module, *ours, block_causal_blocks(positions), scaling=size**-0.5)[0]
+    got = _attend(kernel, ours, positions, size**-0.5)
     expected = torch.nn.functional.scaled_dot_product_attention(
         *theirs, attn_mask=block_causal_mask(positions), scale=size**-0.5, enable_gqa=True
     ).transpose(1, 2)
-    pairs = [(got, expected)]
+    pairs = [(got.detach(), expected.detach())]
     if backward:
         got.float().square().sum().backward()
         expected.square().sum().backward()
         pairs += [(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True)]
     return max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+def _attend(kernel: str, values: list[torch.Tensor], positions: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Output [1, L, heads, head size] of a kernel on queries, keys and values [1, heads, L, head size]."""
+    options, module = packed_options(positions, kernel), torch.nn.Module().train()
+    mask = options.pop("attention_mask", None)
+    forward: Any = varlen_forward if kernel == VARLEN else flex_attention_forward
+    output: torch.Tensor = forward(module, *values, mask, scaling=scaling, **options)[0]
+    return output

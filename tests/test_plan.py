@@ -191,6 +191,15 @@ def test_micro_batches_keep_their_caps(
         assert (tasks[batch] == 1).sum() <= 2 and (packed or len(batch) <= most_rows)
         size = lengths[batch].sum() if packed else len(batch) * lengths[batch].max()
         assert len(batch) == 1 or size <= most_tokens
+    dearer = cut(tasks, lengths, Caps(most_rows, most_tokens, {1: 2}, packed, overhead=10**6))
+    assert len(dearer) <= len(batches)
+    assert sorted(i for batch in dearer for i in batch.tolist()) == list(range(len(rows)))
+
+
+@pytest.mark.parametrize(("overhead", "count"), [(5, 4), (15, 2), (1000, 1)])
+def test_padding_is_weighed_against_micro_batches(overhead: int, count: int) -> None:
+    lengths = np.array([100, 90, 60, 50])
+    assert len(cut(np.zeros(4, np.int64), lengths, Caps(4, 1000, overhead=overhead))) == count
 
 
 @pytest.mark.parametrize(

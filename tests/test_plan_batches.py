@@ -9,11 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from demo_runs import Demo, alone, environment, losses
 from harness import ROOT
 
-from voxtral_dist import checkpoint
+from voxtral_dist import checkpoint, distributed, prepare, training_run
+from voxtral_dist import config as settings
+from voxtral_dist.config import TrainConfig
+from voxtral_dist.distributed import World
 from voxtral_dist.shards import ShardSet
+from voxtral_dist.task_data import open_tasks
 
 
 def plan_batches(*flags: str, code: int = 0) -> str:
@@ -116,3 +121,15 @@ def test_damaged_samples_are_masked_named_and_counted(run: Path, demo: Demo, tmp
     assert masked[-1] == process.text.count("masked example asr/train ") > 0
     assert losses(tmp_path / "out") != losses(run) and all(0 < loss < 20 for loss in losses(tmp_path / "out"))
     assert "audit: 96 draws in 8 steps" in plan_batches("--audit", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("device", "overhead"), [("cpu", 100), ("cuda", 4000)])
+def test_a_micro_batch_costs_what_its_device_takes_to_start_one(
+    demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, overhead: int
+) -> None:
+    monkeypatch.setattr(distributed, "local_device", lambda world: torch.device(device))
+    config = settings.parse(TrainConfig, demo.flags(tmp_path / "run"), "train.py")
+    collator = prepare.open_collator(config)
+    tasks = open_tasks(settings.split_list(config.train_shards), collator)
+    data = training_run.plan_data(config, World(0, 0, 1), tasks, collator, None)
+    assert data.caps.overhead == overhead

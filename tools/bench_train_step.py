@@ -31,6 +31,7 @@ from train_step_arms import Arms, Lengths, Levers, draw_lengths
 from voxtral_dist import flops
 from voxtral_dist.atomic import write_bytes
 from voxtral_dist.errors import UserError, run_main
+from voxtral_dist.micro_batches import OVERHEAD
 from voxtral_dist.packed_attention import FLEX, MASK, VARLEN
 
 ROWS = {"cuda": 8, "cpu": 8}
@@ -59,6 +60,7 @@ def ladder(device: torch.device) -> dict[str, Levers]:
     ]
     if device.type == "cuda":
         pulls[-1:] = [
+            ("few micro-batches", {"overhead": OVERHEAD["cuda"]}),
             ("no input casting", {"casting": False}),
             ("encoder outside autocast", {"encoder_autocast": False}),
             ("packed, flex_attention", {"packed": FLEX}),

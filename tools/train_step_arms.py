@@ -19,7 +19,7 @@ import torch.distributed as dist
 from voxtral_dist import model as ours
 from voxtral_dist.batch import MicroBatch
 from voxtral_dist.loss import head_nll
-from voxtral_dist.micro_batches import Caps, cut
+from voxtral_dist.micro_batches import OVERHEAD, Caps, cut
 from voxtral_dist.packed_attention import attending, packed_options
 
 AUDIO, PAD, FIRST_WORD = 24, 11, 1000
@@ -36,6 +36,7 @@ class Levers:
         label_head: the head runs on label positions alone, else on all.
         mask: rows padded on the right get an attention mask, which the causal kernel does not take.
         tokens: examples of like length go together, up to so many positions; 0: so many in random order.
+        overhead: fixed cost of a micro-batch in positions, when they are cut.
         summed: the loss is a sum over the step's tokens, else the mean of the micro-batches' means.
         recompute: compute every so-manieth decoder layer again in the backward pass; 0: none.
         packed: rows without padding, and how they attend: "" (padded), or a name of voxtral_dist.packed_attention.
@@ -50,6 +51,7 @@ class Levers:
     label_head: bool = False
     mask: bool = True
     tokens: int = 0
+    overhead: int = OVERHEAD["cpu"]
     summed: bool = False
     recompute: int = 1
     packed: str = ""
@@ -107,7 +109,7 @@ def micro_batches(examples: Sequence[Lengths], levers: Levers, rows: int) -> lis
     if not levers.tokens:
         return [places[first : first + rows] for first in range(0, len(places), rows)]
     lengths = np.array([example.positions for example in examples])
-    caps = Caps(len(examples), levers.tokens, packed=bool(levers.packed))
+    caps = Caps(len(examples), levers.tokens, packed=bool(levers.packed), overhead=levers.overhead)
     return [group.tolist() for group in cut(np.array([e.task for e in examples]), lengths, caps)]
 
 

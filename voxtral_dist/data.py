@@ -11,7 +11,7 @@ import numpy as np
 from voxtral_dist.batch import MicroBatch
 from voxtral_dist.collator import Collator
 from voxtral_dist.errors import UserError
-from voxtral_dist.micro_batches import Caps, cut
+from voxtral_dist.micro_batches import OVERHEAD, Caps, cut
 from voxtral_dist.mix import parse_task_caps, parse_weights
 from voxtral_dist.plan import ALGORITHM, GlobalPlan, Int64, Step, draw_hashes
 from voxtral_dist.plan_history import PlanSettings, TaskSource, continue_history, describe, first_history
@@ -23,7 +23,7 @@ from voxtral_dist.tasks import TASKS
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What the flags of the same names decide of the training data."""
+    """What decides the training data: flags of the same names, the model's costs, ``overhead`` of the device."""
 
     global_batch_size: int
     per_device_bsz: int
@@ -40,6 +40,7 @@ class TrainSettings:
     num_workers: int = 2
     seed: int = 0
     cost_model: CostModel = field(default_factory=CostModel)
+    overhead: int = OVERHEAD["cpu"]
 
 
 class TrainData:
@@ -84,6 +85,7 @@ class TrainData:
             tokens=settings.max_tokens_per_micro_batch or settings.per_device_bsz * settings.max_len,
             task_rows={self.names.index(name): cap for name, cap in caps.items()},
             packed=settings.packed,
+            overhead=settings.overhead,
         )
 
     def _check_lengths(self) -> None:

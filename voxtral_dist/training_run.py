@@ -35,6 +35,7 @@ from voxtral_dist.errors import UserError, VoxtralDistError
 from voxtral_dist.eval_data import EvalData
 from voxtral_dist.gradient_conflict import gradient_conflict
 from voxtral_dist.logger import get_logger
+from voxtral_dist.micro_batches import OVERHEAD
 from voxtral_dist.monitor import Monitor
 from voxtral_dist.shares import CostModel
 from voxtral_dist.step_metrics import StepMetrics
@@ -113,10 +114,11 @@ def plan_data(
     size = config.global_batch_size or (
         state["plan"]["segments"][-1]["global_batch_size"] if state else first
     )
-    names = TrainSettings.__dataclass_fields__.keys() - {"global_batch_size", "cost_model"}
+    names = TrainSettings.__dataclass_fields__.keys() - {"global_batch_size", "cost_model", "overhead"}
     how = TrainSettings(
         global_batch_size=size,
         cost_model=CostModel.from_config(model.read_config(config.model_id)),
+        overhead=OVERHEAD[distributed.local_device(world).type],
         **{name: getattr(config, name) for name in names},
     )
     allow = settings.split_list(config.allow_change)

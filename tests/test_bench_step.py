@@ -121,6 +121,7 @@ def test_two_ranks_share_a_step(load: Callable[[str], ModuleType]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_measured_scaling(load: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]) -> None:
     shares = load("bench_scaling").report_measured(rounds=1)
     assert 0.2 < shares["efficiency"] < 1.5 and 0 < shares["reduction_and_update"] < 1

@@ -58,8 +58,8 @@ LATER = [
     (16, True, 11.80),
     (32, True, 14.52),
 ]
-"""Clips of 3 s, whether layers are recomputed, and GiB at most in a step of tools/bench_train_step.py on an H200 after the
-estimate was complete: packed, varlen_attn, which repeats keys and values in this version of PyTorch, no casting."""
+"""Clips of 3 s, whether layers are recomputed, and GiB at most in a step of tools/bench_train_step.py on an H200 after
+the estimate was complete: packed, varlen_attn, which repeats keys and values in this version of PyTorch, no casting."""
 
 
 @pytest.mark.slow

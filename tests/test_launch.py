@@ -38,7 +38,7 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
     signal.signal(number, lambda number, frame: got.append(signal.Signals(number).name))
 
 helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
-print(f"rank {rank} of {os.environ['WORLD_SIZE']} is {os.getpid()}", flush=True)
+print(f"rank {rank} of {os.environ['WORLD_SIZE']} is {os.getpid()}\\n", end="", flush=True)  # in one write
 while flags.code is None and len(got) < flags.signals:
     time.sleep(0.02)
 time.sleep(0.2)

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from voxtral_dist import packed_attention
 from voxtral_dist.batch import MicroBatch
 from voxtral_dist.model import checkpoint_layers
-from voxtral_dist.packed_attention import FLEX, MASK, VARLEN, best_kernel, kernel_error, varlen_options
+from voxtral_dist.packed_attention import FLEX, MASK, SPLIT, VARLEN, best_kernel, kernel_error, varlen_options
 
 CPU = torch.device("cpu")
 
@@ -57,12 +57,13 @@ def varlen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_attention, "varlen_attn", varlen_on_cpu)
 
 
-@pytest.mark.parametrize("kernel", [FLEX, VARLEN])
+@pytest.mark.parametrize("kernel", [SPLIT, FLEX, VARLEN])
 def test_the_kernel_sees_what_the_mask_sees(tiny_model: Path, varlen: None, kernel: str) -> None:
     """On a CPU flex_attention has no backward pass, so losses are compared; where there is CUDA a run compares both."""
     training, collator = build(str(tiny_model))
     examples = make_examples(collator.spec)
     packed = collator.train_batch(examples, 0, packed=True)
+    training.packed_kernel = MASK
     with torch.no_grad():
         expected = training(packed)
         training.packed_kernel = kernel
@@ -94,16 +95,18 @@ def test_recomputed_layers_attend_as_in_the_forward_pass(tiny_model: Path) -> No
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("kernel", [SPLIT, VARLEN])
 def test_gradients_by_the_lengths_are_those_by_the_mask(
-    tiny_model: Path, varlen: None, checkpointed: bool
+    tiny_model: Path, varlen: None, checkpointed: bool, kernel: str
 ) -> None:
     training, collator = build(str(tiny_model))
     batch = collator.train_batch(make_examples(collator.spec), 0, packed=True)
+    training.packed_kernel = MASK
     expected = gradients(training, [batch])
     if checkpointed:
         checkpoint_layers(training.voxtral)
         training.train()
-    training.packed_kernel = VARLEN
+    training.packed_kernel = kernel
     found = gradients(training, [batch])
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
     for name, gradient in expected[1].items():
@@ -134,11 +137,11 @@ def test_the_check_before_a_run(
     assert error > 0.1, "one example over the whole row"
 
 
-def test_a_device_without_kernels_takes_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_kernels_splits_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA device that is not there runs neither."""
-    assert best_kernel(CPU, heads(4, 4), torch.bfloat16) == MASK
+    assert best_kernel(CPU, heads(4, 4), torch.bfloat16) == SPLIT
     if not torch.cuda.is_available():
-        assert best_kernel(torch.device("cuda"), heads(4, 4), torch.bfloat16) == MASK
+        assert best_kernel(torch.device("cuda"), heads(4, 4), torch.bfloat16) == SPLIT
     tried: list[str] = []
     monkeypatch.setattr(
         packed_attention, "kernel_error", lambda kernel, *_: tried.append(kernel) or float(kernel == VARLEN)

@@ -34,7 +34,7 @@ from voxtral_dist.engine import TrainEngine
 from voxtral_dist.errors import UserError, run_main
 from voxtral_dist.micro_batch_probe import MadeUp, held_by
 from voxtral_dist.model import TrainingModel, checkpoint_layers
-from voxtral_dist.packed_attention import MASK, best_kernel
+from voxtral_dist.packed_attention import SPLIT, best_kernel
 from voxtral_dist.step_memory import LiveBytes, Shape
 
 MAX_LEN = {"mini": 2048, "tiny": 128}
@@ -137,8 +137,8 @@ def arm(name: str, flags: TrainConfig, sizes: Iterable[int], config: Any, meter:
     device, left = meter.device, meter.left()
     bf16, lora = device.type == "cuda", prepare.lora_settings(flags)
     wrapped = adapter.attach(base(config, device), lora)
-    kind = best_kernel(device, config.text_config, torch.bfloat16) if flags.packed else MASK
-    training, kernel = TrainingModel(wrapped, 1, packed_kernel=kind), kind != MASK
+    kind = best_kernel(device, config.text_config, torch.bfloat16) if flags.packed else SPLIT
+    training = TrainingModel(wrapped, 1, packed_kernel=kind)
     if flags.grad_ckpt:
         checkpoint_layers(training.voxtral)
     engine, held = engine_of(training, EngineSettings(bf16=bf16))
@@ -153,9 +153,9 @@ def arm(name: str, flags: TrainConfig, sizes: Iterable[int], config: Any, meter:
         if share.failed:
             print(json.dumps({"what": name, "positions": shape.positions, "fits": False}), flush=True)
             break
-        guess = memory.estimate(flags, config, lora, ranks=1, shape=shape, bf16=bf16, kernel=kernel).peak
+        guess = memory.estimate(flags, config, lora, ranks=1, shape=shape, bf16=bf16).peak
         now = (shape.positions, peak[0] - left, guess)
-        more = {"engine": type(engine).__name__, "positions": shape.positions, "kernel": kernel, "left": left}
+        more = {"engine": type(engine).__name__, "positions": shape.positions, "kernel": kind, "left": left}
         show(name, now[1], guess, **more)
         if before:
             more_positions = now[0] - before[0]

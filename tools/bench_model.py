@@ -35,12 +35,12 @@ def shape(device: torch.device) -> VoxtralConfig:
         }  # fmt: skip
     else:
         text = {
-            "vocab_size": 13_312, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 13,
-            "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64, "rms_norm_eps": 1e-5,
+            "vocab_size": 8704, "hidden_size": 1280, "intermediate_size": 3456, "num_hidden_layers": 5,
+            "num_attention_heads": 20, "num_key_value_heads": 5, "head_dim": 64, "rms_norm_eps": 1e-5,
             "max_position_embeddings": 4096, "rope_theta": 1e6,
         }  # fmt: skip
         audio = {
-            "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 5, "num_attention_heads": 8,
+            "hidden_size": 704, "intermediate_size": 2816, "num_hidden_layers": 3, "num_attention_heads": 11,
             "num_mel_bins": 128, "max_source_positions": 300,
         }  # fmt: skip
     return VoxtralConfig(

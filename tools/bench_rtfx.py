@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_model import device_facts, random_model, shape
-from train_step_arms import AUDIO, FIRST_WORD, PAD
+from train_step_data import AUDIO, FIRST_WORD, PAD
 
 from voxtral_dist.atomic import write_bytes
 from voxtral_dist.batch import DecodeCaps

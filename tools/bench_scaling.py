@@ -38,7 +38,7 @@ from bench_balance import capped, lengths
 from bench_model import random_model, shape
 from bench_overhead import overheads
 from bench_train_step import useful_flops
-from train_step_arms import TASKS, Lengths, collate, draw_lengths
+from train_step_data import TASKS, Lengths, collate, draw_lengths
 
 from voxtral_dist import distributed
 from voxtral_dist.atomic import write_bytes

@@ -15,6 +15,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from voxtral_dist import lora_linear
 from voxtral_dist.errors import UserError, VoxtralDistError
 from voxtral_dist.full_tuning import TunedWeights, WeightsConfig
 
@@ -70,7 +71,9 @@ def attach(model: Any, settings: LoraSettings) -> Any:
         modules_to_save=None if settings.freeze_whisper else ["audio_tower"],
         task_type="CAUSAL_LM",
     )
-    return _checked(peft.get_peft_model(model, config), settings.freeze_whisper)
+    adapted = _checked(peft.get_peft_model(model, config), settings.freeze_whisper)
+    lora_linear.install(adapted)
+    return adapted
 
 
 def _checked(model: Any, freeze_whisper: bool) -> Any:

@@ -171,7 +171,6 @@ def estimate(
     ranks: int,
     shape: Shape,
     bf16: bool,
-    kernel: bool = False,
 ) -> Estimate:
     """What a rank takes.
 
@@ -182,13 +181,12 @@ def estimate(
         ranks: that share the optimizer.
         shape: of the largest micro-batch.
         bf16: as ``--bf16``.
-        kernel: a packed row attends by a kernel instead of a mask.
     """
     training = step_memory.weightless(
         model_config, lora, bf16=bf16, grad_ckpt=config.grad_ckpt, smoothing=config.label_smoothing
     )
     held = states(training, config, ranks, bf16)
-    passes = step_memory.trace(training, shape, bf16=bf16, kernel=kernel)
+    passes = step_memory.trace(training, shape, bf16=bf16)
     return Estimate(held, passes, shape, cache_bytes(model_config, bf16))
 
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from voxtral_dist.batch import MicroBatch
 from voxtral_dist.errors import UserError
 from voxtral_dist.loss import head_nll
-from voxtral_dist.packed_attention import MASK, attending, attention, packed_options
+from voxtral_dist.packed_attention import MASK, SPLIT, attending, attention, packed_options
 
 
 def config_values(model_id: str) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class TrainingModel(torch.nn.Module):
     """
 
     def __init__(
-        self, model: Any, num_tasks: int, label_smoothing: float = 0.0, packed_kernel: str = MASK
+        self, model: Any, num_tasks: int, label_smoothing: float = 0.0, packed_kernel: str = SPLIT
     ) -> None:
         super().__init__()
         self.packed_kernel = packed_kernel

@@ -1,9 +1,9 @@
-"""Attention within the examples of a packed row: by a mask on any device, by a kernel where it proves right.
+"""Attention within the examples of a packed row: one example after the other, or by a kernel where it proves right.
 
-Kernels skip what lies between examples, which the mask computes and throws away. PyTorch's varlen_attn takes the
-lengths of the examples, needs no compiler, and runs on CUDA in bfloat16 alone; flex_attention, as transformers calls
-it, takes other types too but has no backward pass on a CPU. Before a run uses one, a small row goes through it and the
-mask.
+What lies between examples is never computed; a mask, which the tests hold all against, would compute it and throw it
+away. PyTorch's varlen_attn takes the lengths of the examples, needs no compiler, and runs on CUDA in bfloat16 alone;
+flex_attention, as transformers calls it, takes other types too but has no backward pass on a CPU. Before a run uses
+one of these, a small row goes through it and the mask. Elsewhere each example attends by a causal product of its own.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def block_causal_blocks(position_ids: torch.Tensor) -> BlockMask:
     return create_block_mask(allowed, None, None, length, length, device=str(position_ids.device))
 
 
-MASK, FLEX, VARLEN = "mask", "flex_attention", "varlen_attn"
-"""Ways to attend; a kernel's name in transformers is the same."""
+MASK, SPLIT, FLEX, VARLEN = "mask", "split", "flex_attention", "varlen_attn"
+"""Ways to attend; all but the mask have the same name in transformers."""
 
 _VARLEN_KNOWS = set(inspect.signature(varlen_attn).parameters)
 _VARLEN_CAUSAL: dict[str, Any] = (
@@ -101,8 +101,41 @@ def varlen_forward(
     return varlen_attn(query, key, value, *ends, scale=scaling, **_VARLEN_CAUSAL, **grouped)[None], None
 
 
-AttentionInterface.register(VARLEN, varlen_forward)
-AttentionMaskInterface.register(VARLEN, lambda *args, **kwargs: None)
+def split_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float,
+    example_lengths: list[int],
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of one example after the other, on any device; arguments and result as :func:`varlen_forward`.
+
+    Args:
+        module: unused.
+        query: [1, heads, L, head size].
+        key: [1, key-value heads, L, head size].
+        value: as ``key``.
+        attention_mask: unused.
+        scaling: of the scores.
+        example_lengths: positions of each example, together L.
+        others: unused.
+    """
+    parts = zip(*(each.split(example_lengths, dim=2) for each in (query, key, value)), strict=True)
+    attended = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *part, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        for part in parts
+    ]
+    return torch.cat(attended, dim=2).transpose(1, 2), None
+
+
+for _kind, _forward in ((VARLEN, varlen_forward), (SPLIT, split_forward)):
+    AttentionInterface.register(_kind, _forward)
+    AttentionMaskInterface.register(_kind, lambda *args, **kwargs: None)
 
 
 def varlen_options(position_ids: torch.Tensor) -> dict[str, Any]:
@@ -111,10 +144,15 @@ def varlen_options(position_ids: torch.Tensor) -> dict[str, Any]:
     Args:
         position_ids: int64 [1, L], starting again at 0 with each example.
     """
-    starts = (position_ids[0] == 0).nonzero().flatten()
-    ends = torch.cat([starts, starts.new_tensor([position_ids.shape[1]])]).int()
+    ends = _ends(position_ids).int()
     longest = int(ends.diff().max())
     return {"cu_seq_lens_q": ends, "max_length_q": 1 << (longest - 1).bit_length()}
+
+
+def _ends(position_ids: torch.Tensor) -> torch.Tensor:
+    """First positions of the examples, and L."""
+    starts = (position_ids[0] == 0).nonzero().flatten()
+    return torch.cat([starts, starts.new_tensor([position_ids.shape[1]])])
 
 
 def packed_options(position_ids: torch.Tensor, kind: str) -> dict[str, Any]:
@@ -122,10 +160,12 @@ def packed_options(position_ids: torch.Tensor, kind: str) -> dict[str, Any]:
 
     Args:
         position_ids: int64 [1, L], starting again at 0 with each example.
-        kind: one of :data:`MASK`, :data:`FLEX` and :data:`VARLEN`.
+        kind: one of :data:`MASK`, :data:`SPLIT`, :data:`FLEX` and :data:`VARLEN`.
     """
     if kind == VARLEN:
         return varlen_options(position_ids)
+    if kind == SPLIT:
+        return {"example_lengths": _ends(position_ids).diff().tolist()}
     return {"attention_mask": (block_causal_blocks if kind == FLEX else block_causal_mask)(position_ids)}
 
 
@@ -147,12 +187,12 @@ def attending(language_model: Any, kind: str) -> Any:
 
 
 def best_kernel(device: torch.device, text_config: Any, dtype: torch.dtype) -> str:
-    """The first kernel that can be used here, :data:`MASK` without one: it runs, forward and backward, and is right."""
+    """The first kernel that runs here, forward and backward, and is right; without one :data:`SPLIT`."""
     if device.type == "cuda":
         for kernel in (VARLEN, FLEX) if dtype is torch.bfloat16 else (FLEX,):
             if kernel_is_right(kernel, device, text_config, dtype):
                 return kernel
-    return MASK
+    return SPLIT
 
 
 def kernel_is_right(kernel: str, device: torch.device, text_config: Any, dtype: torch.dtype) -> bool:

@@ -20,7 +20,7 @@ from voxtral_dist.distributed import World
 from voxtral_dist.encoder_cache import GB, EncoderCache, fingerprint
 from voxtral_dist.errors import UserError
 from voxtral_dist.logger import get_logger
-from voxtral_dist.packed_attention import MASK, best_kernel
+from voxtral_dist.packed_attention import SPLIT, best_kernel
 from voxtral_dist.packing import pack
 from voxtral_dist.row_filter import RowFilter
 from voxtral_dist.shard_cache import ShardCache
@@ -183,7 +183,7 @@ def training_model(config: TrainConfig, device: torch.device, num_tasks: int) ->
         log.info("beginning from the weights in %s", folder)
     elif config.init_adapter:
         log.info("--init_adapter %s is ignored: the run goes on from a checkpoint", config.init_adapter)
-    text, kernel = model.read_config(config.model_id).text_config, MASK
+    text, kernel = model.read_config(config.model_id).text_config, SPLIT
     if config.packed:
         kernel = best_kernel(device, text, torch.bfloat16 if use_bf16(config, device) else torch.float32)
         log.info("packed rows attend by %s", kernel)

@@ -4,7 +4,8 @@
 
 :func:`trace` runs the model's own code on tensors that have shapes and types but no data (PyTorch's FakeTensorMode), so
 that what it counts is what the code does, with every flag, at any size, in seconds and on no GPU. Attention is counted
-as a kernel that keeps no scores, which is what PyTorch takes on CUDA in bfloat16.
+as a kernel that keeps no scores, which is what PyTorch takes on CUDA in bfloat16, and that of a packed row as if it
+were one example.
 """
 
 from __future__ import annotations
@@ -177,16 +178,15 @@ class PassMemory:
         return max(self.peaks.values())
 
 
-def trace(training: TrainingModel, shape: Shape, *, bf16: bool, kernel: bool = False) -> PassMemory:
+def trace(training: TrainingModel, shape: Shape, *, bf16: bool) -> PassMemory:
     """Count a pass of a :func:`weightless` model, which is used up by it.
 
     Args:
         training: the model.
         shape: of the micro-batch.
         bf16: frozen weights and matrix products in bfloat16, as ``--bf16``.
-        kernel: a packed row attends by a kernel that needs no mask.
     """
-    if kernel and shape.packed:
+    if shape.packed:
         shape = Shape(1, shape.positions, shape.chunks, shape.labels)
     # The masks' code may look at no value; that a padded batch needs no mask has to be said.
     one_example_a_row = patch("transformers.masking_utils.find_packed_sequence_indices", lambda ids: None)

@@ -54,7 +54,7 @@ def test_every_lever_keeps_the_gradient(found: dict[str, Any], capsys: pytest.Ca
     arms = {row["arm"]: row for row in found["arms"]}
     errors = {name: row["gradient_error"] for name, row in arms.items()}
     assert errors.pop("usual") is None and errors.pop("summed loss") > 1e-3
-    assert len(errors) == 8 and max(errors.values()) < 1e-5, errors
+    assert len(errors) == 11 and max(errors.values()) < 1e-5, errors
     assert arms["usual"]["speed"] == 1.0 and all(row["mfu"] > 0 for row in arms.values())
     assert arms["packed, mask"]["padding"] == 0 < arms["by length"]["padding"] < arms["usual"]["padding"]
 
@@ -73,13 +73,13 @@ def test_the_usual_recipe_sends_gradients_through_the_encoder(load: Callable[[st
 
 
 def test_lengths_are_those_of_the_text(load: Callable[[str], ModuleType]) -> None:
-    arms = load("train_step_arms")
-    drawn = arms.draw_lengths(4000, 0, 375, 30.0)
+    data = load("train_step_data")
+    drawn = data.draw_lengths(4000, 0, 375, 30.0)
     share = np.bincount([e.task for e in drawn]) / len(drawn)
-    assert np.allclose(share, np.array(arms.WEIGHTS) / sum(arms.WEIGHTS), atol=0.03)
+    assert np.allclose(share, np.array(data.WEIGHTS) / sum(data.WEIGHTS), atol=0.03)
     assert 5.5 < np.median([e.seconds for e in drawn if e.task == 0]) < 6.5
     assert {e.chunks for e in drawn} == {0, 1, 2, 3}
-    batch = arms.collate(drawn, [0, 3, 5], load("bench_train_step").shape(CPU), packed=True)
+    batch = data.collate(drawn, [0, 3, 5], load("bench_train_step").shape(CPU), packed=True)
     assert batch.samples == 3 and batch.positions == batch.tokens == sum(
         drawn[i].positions for i in (0, 3, 5)
     )

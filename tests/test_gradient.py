@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from harness import run_ranks
+from peft.tuners.lora.layer import Linear
 
 from voxtral_dist import adapter, optimizer_state
 from voxtral_dist import model as modeling
@@ -21,6 +22,7 @@ from voxtral_dist.audio import AudioSpec, log_mel
 from voxtral_dist.collator import Collator, Example
 from voxtral_dist.ds_config import EngineSettings
 from voxtral_dist.engine import TrainEngine
+from voxtral_dist.lora_linear import LoraLinear
 from voxtral_dist.sample import Sample
 from voxtral_dist.tokenizer import TekkenVocabulary
 
@@ -74,9 +76,12 @@ def build(model_dir: str) -> tuple[modeling.TrainingModel, Collator]:
 
 
 def reference_gradient(model_dir: str, clip: float) -> dict[str, torch.Tensor]:
-    """The gradient of the whole step by the stock model, one example after another."""
+    """The gradient of the whole step by the stock model with peft's own layers, one example after another."""
     training, collator = build(model_dir)
     model = training.model.train()
+    for module in model.modules():
+        if type(module) is LoraLinear:
+            module.__class__ = Linear
     total, count = torch.zeros(()), 0
     for example in make_examples(collator.spec):
         prompt = collator.prompt(example.sample, example.n_samples)

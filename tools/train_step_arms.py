@@ -8,8 +8,11 @@ back-propagated), logits of every position, the mean loss of each micro-batch, a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from train_step_data import PAD, Lengths, collate
 
 from voxtral_dist import model as ours
 from voxtral_dist.batch import MicroBatch
+from voxtral_dist.encoder_cache import EncoderCache
 from voxtral_dist.lora_linear import LoraLinear
 from voxtral_dist.loss import head_nll
 from voxtral_dist.micro_batches import OVERHEAD, Caps, cut
@@ -44,6 +48,7 @@ class Levers:
         one_pass: a layer and its adapter are one operation, see voxtral_dist.lora_linear; else peft's own.
         encoder_autocast: the encoder runs inside autocast, which computes its layer norms in float32.
         compiled: decoder and encoder layers are compiled.
+        cached: the encoder's states are read from files, as with --encoder_cache from the second epoch on.
         fused: AdamW in one kernel.
     """
 
@@ -60,6 +65,7 @@ class Levers:
     one_pass: bool = False
     encoder_autocast: bool = True
     compiled: bool = False
+    cached: bool = False
     fused: bool = False
 
 
@@ -89,6 +95,7 @@ class Arms:
         self.bf16 = self.voxtral.lm_head.weight.dtype is torch.bfloat16
         self.examples, self.rows = examples, rows
         self.levers = Levers()
+        self._folder = tempfile.TemporaryDirectory()
 
     def prepare(self, levers: Levers) -> list[MicroBatch]:
         """Pull the levers, with a fresh optimizer; the micro-batches of the step, on the device."""
@@ -103,7 +110,26 @@ class Arms:
         self._compile(levers.compiled)
         groups = micro_batches(self.examples, levers, self.rows)
         packed = bool(levers.packed)
-        return [collate(self.examples, group, self.config, packed).to(self.device) for group in groups]
+        batches = [collate(self.examples, group, self.config, packed).to(self.device) for group in groups]
+        if levers.cached:
+            self._write_states(batches)
+        return batches
+
+    def _write_states(self, batches: Sequence[MicroBatch]) -> None:
+        """Encode once what the steps read."""
+        self._cache = EncoderCache(Path(self._folder.name), 1 << 40, "encoder")
+        for number, batch in enumerate(batches):
+            if batch.audio is not None:
+                states = self._encode(batch.audio)
+                self._cache.put([(f"{number:02}", len(batch.audio))], states.view(len(batch.audio), -1))
+        self._cache.close()
+
+    def _with_states(self, number: int, batch: MicroBatch) -> MicroBatch:
+        if batch.audio is None or not self.levers.cached:
+            return batch
+        states = self._cache.get(f"{number:02}", len(batch.audio))
+        assert states is not None
+        return dataclasses.replace(batch, audio=None, encoded=states.to(self.device))
 
     def _recompute(self, levers: Levers) -> None:
         layers = self.voxtral.model.language_model.layers
@@ -129,9 +155,10 @@ class Arms:
         """Gradients of the step in ``.grad``; returns its loss on the device."""
         total = float(sum(len(batch.labels) for batch in batches))
         loss = torch.zeros((), device=self.device)
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            read = self._with_states(number, batch)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                part = self.loss(batch) / (total if self.levers.summed else len(batches) * len(batch.labels))
+                part = self.loss(read) / (total if self.levers.summed else len(batches) * len(batch.labels))
             part.backward()
             loss += part.detach()
             if not self.levers.reduce_once:
@@ -205,10 +232,11 @@ class Arms:
         if not levers.encoder_autocast:
             outside = torch.autocast(self.device.type, enabled=False)
         with outside:
-            states = None if batch.audio is None else self._encode(batch.audio)
+            states = batch.encoded if batch.audio is None else self._encode(batch.audio)
         embeds = self.voxtral.get_input_embeddings()(batch.input_ids)
         if states is not None:
-            projected = self.voxtral.model.multi_modal_projector(states).to(embeds.dtype)
+            flat = states.view(-1, self.config.audio_config.intermediate_size)
+            projected = self.voxtral.model.multi_modal_projector(flat).to(embeds.dtype)
             flat = embeds.reshape(-1, embeds.shape[-1]).index_copy(0, batch.audio_index, projected)
             embeds = flat.view_as(embeds)
         if levers.compiled:  # or the first layer, whose input needs no gradient, is compiled a second time

@@ -116,6 +116,8 @@ class TrainConfig(DataConfig):
         weight_decay: AdamW weight decay on the trained parameters
         max_grad_norm: clip the global gradient norm at this value; 0: no clipping
         grad_ckpt: recompute the language model's layers in the backward pass (less memory, more time)
+        torch_compile: compile the layers for training (the first steps take minutes); the gradient is the same up to
+            rounding, the dropout masks are others
         freeze_whisper: keep the audio encoder frozen; false trains all of it
         tune: what trains: 'lora': an adapter; 'projector': the projector's own weights; 'language_model': those of the
             language model's layers too, in float32
@@ -171,6 +173,7 @@ class TrainConfig(DataConfig):
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     grad_ckpt: bool = False
+    torch_compile: bool = False
     freeze_whisper: bool = True
     tune: Literal["lora", "projector", "language_model"] = "lora"
     init_adapter: str = ""

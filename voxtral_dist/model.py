@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 
 from voxtral_dist.batch import MicroBatch
+from voxtral_dist.compiled_layers import CompiledLayers
 from voxtral_dist.errors import UserError
 from voxtral_dist.loss import head_nll
 from voxtral_dist.packed_attention import MASK, SPLIT, attending, attention, packed_options
@@ -156,6 +157,7 @@ class TrainingModel(torch.nn.Module):
         self.label_smoothing = label_smoothing
         self.encoder_trains = any(p.requires_grad for p in self.voxtral.model.audio_tower.parameters())
         self.on_encoded: Callable[[Sequence[tuple[str, int]], torch.Tensor], None] | None = None
+        self._compiled: CompiledLayers | None = None
 
     @property
     def voxtral(self) -> Any:
@@ -163,11 +165,17 @@ class TrainingModel(torch.nn.Module):
         return unwrap(self.model)
 
     def train(self, mode: bool = True) -> TrainingModel:
-        """Switch dropout on or off; the frozen encoder stays in eval mode."""
+        """Switch dropout on or off, and compiled layers with it; the frozen encoder stays in eval mode."""
         super().train(mode)
+        if self._compiled:
+            self._compiled.switch(mode)
         if not self.encoder_trains:
             self.voxtral.model.audio_tower.eval()
         return self
+
+    def compile_layers(self) -> None:
+        """Let training passes go through compiled layers; errors as :class:`CompiledLayers`."""
+        self._compiled = CompiledLayers(self.voxtral, self.voxtral.device)
 
     def recompute_layers(self) -> None:
         """In eval mode, too, recompute the layers that :func:`checkpoint_layers` marked; dropout stays off."""
@@ -178,6 +186,10 @@ class TrainingModel(torch.nn.Module):
         """Sums of losses of one micro-batch on the model's device."""
         voxtral = self.voxtral
         embeds = embed(voxtral, batch.input_ids, self._states(batch), batch.audio_index)
+        if (
+            self._compiled and self.training
+        ):  # or the first layer is compiled once more, for an input without gradient
+            embeds = embeds if embeds.requires_grad else embeds.requires_grad_()
         language_model, positions = voxtral.model.language_model, batch.position_ids
         kind = MASK if positions is None else self.packed_kernel
         options = {} if positions is None else packed_options(positions, kind)

@@ -101,6 +101,7 @@ def varlen_forward(
     return varlen_attn(query, key, value, *ends, scale=scaling, **_VARLEN_CAUSAL, **grouped)[None], None
 
 
+@torch.compiler.disable
 def split_forward(
     module: Any,
     query: torch.Tensor,
@@ -108,7 +109,7 @@ def split_forward(
     value: torch.Tensor,
     attention_mask: Any,
     scaling: float,
-    example_lengths: list[int],
+    example_lengths: torch.Tensor,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of one example after the other, on any device; arguments and result as :func:`varlen_forward`.
@@ -120,10 +121,10 @@ def split_forward(
         value: as ``key``.
         attention_mask: unused.
         scaling: of the scores.
-        example_lengths: positions of each example, together L.
+        example_lengths: int64 [examples], in host memory, together L.
         others: unused.
     """
-    parts = zip(*(each.split(example_lengths, dim=2) for each in (query, key, value)), strict=True)
+    parts = zip(*(each.split(example_lengths.tolist(), dim=2) for each in (query, key, value)), strict=True)
     attended = [
         torch.nn.functional.scaled_dot_product_attention(
             *part, is_causal=True, scale=scaling, enable_gqa=True
@@ -165,7 +166,7 @@ def packed_options(position_ids: torch.Tensor, kind: str) -> dict[str, Any]:
     if kind == VARLEN:
         return varlen_options(position_ids)
     if kind == SPLIT:
-        return {"example_lengths": _ends(position_ids).diff().tolist()}
+        return {"example_lengths": _ends(position_ids).diff().cpu()}
     return {"attention_mask": (block_causal_blocks if kind == FLEX else block_causal_mask)(position_ids)}
 
 

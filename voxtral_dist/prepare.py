@@ -190,6 +190,8 @@ def training_model(config: TrainConfig, device: torch.device, num_tasks: int) ->
     training = model.TrainingModel(wrapped, num_tasks, config.label_smoothing, kernel)
     if config.grad_ckpt:
         model.checkpoint_layers(training.voxtral)
+    if config.torch_compile:
+        training.compile_layers()
     return training
 
 

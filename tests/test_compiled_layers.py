@@ -1,0 +1,67 @@
+"""``--torch_compile``: training passes through compiled layers give the gradient of the plain ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_gradient import build, make_examples
+from test_packed import gradients
+
+from voxtral_dist.errors import UserError
+from voxtral_dist.model import TrainingModel, checkpoint_layers
+
+
+def compiled(training: TrainingModel) -> set[bool]:
+    core = training.voxtral.model
+    layers = [*core.language_model.layers, *core.audio_tower.layers]
+    return {layer._compiled_call_impl is not None for layer in layers}
+
+
+def test_layers_are_compiled_in_training_alone(tiny_model: Path) -> None:
+    training, _ = build(str(tiny_model))
+    assert compiled(training.train()) == {False}
+    training.compile_layers()
+    assert compiled(training) == {False}
+    for mode in (True, False, True):
+        assert compiled(training.train(mode)) == {mode}
+
+
+def test_a_missing_compiler_is_one_line(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found\nlong story")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    training, _ = build(str(tiny_model))
+    with pytest.raises(UserError, match=r"--torch_compile .* No working C\+\+ compiler found; leave it out"):
+        training.compile_layers()
+    assert compiled(training.train()) == {False}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_compiled_layers_give_the_same_gradient(
+    tiny_model: Path, packed: bool, checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sounds and texts, texts alone, one example: every kind of pass that a run makes."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    training, collator = build(str(tiny_model))
+    examples = make_examples(collator.spec)
+    texts = [example for example in examples if example.mel is None]
+    batches = [
+        collator.train_batch(part, 0, packed) for part in (examples, examples[:3], texts, examples[:1])
+    ]
+    if checkpointed:
+        checkpoint_layers(training.voxtral)
+    expected = gradients(training.train(), batches)
+    training.compile_layers()
+    torch._dynamo.utils.counters.clear()
+    found = gradients(training.train(), batches)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
+    for name, gradient in expected[1].items():
+        assert float((found[1][name] - gradient).norm()) <= 1e-5 * float(gradient.norm()), name

@@ -102,3 +102,17 @@ def test_the_door(tools: None, capsys: pytest.CaptureFixture[str], monkeypatch: 
     monkeypatch.setattr(sys, "argv", ["bench_data.py", "speed"])
     with pytest.raises(UserError, match="balance, read, scale, start"):
         script.main()
+
+
+def test_a_trainer_that_is_faster_waits_longer(
+    tools: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rates a million times apart; the slower one sets its own pace."""
+    bench = importlib.import_module("bench_wait")
+    monkeypatch.setattr(bench, "STEP", 4)
+    sets = bench.corpus(tmp_path, bench.draw_lengths(30, 3, 375, 30.0))
+    data = bench.training_data(sets, bench.tekken(tmp_path), packed=True)
+    fast_waits, _, fast = bench.feed(data, 1e20, 3)
+    slow_waits, cores, slow = bench.feed(data, 1e14, 3)
+    assert fast_waits > 0.8 and slow_waits < 0.5
+    assert slow < fast and 0 < cores < 2.5

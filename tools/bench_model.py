@@ -22,7 +22,7 @@ LORA = adapter.LoraSettings(
 
 
 def shape(device: torch.device) -> VoxtralConfig:
-    """Voxtral-Mini-3B on a GPU; on a CPU 124 million weights with nearly the same shares of encoder, body and head."""
+    """Voxtral-Mini-3B on a GPU; on a CPU 136 million weights with nearly the same shares of encoder, body and head."""
     if device.type == "cuda":
         text = {
             "vocab_size": 131_072, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 30,

@@ -32,6 +32,7 @@ from voxtral_dist.micro_batches import OVERHEAD
 from voxtral_dist.packing import pack
 from voxtral_dist.step_loader import StepLoader
 from voxtral_dist.task_data import open_tasks
+from voxtral_dist.tokenizer import TekkenVocabulary
 
 MFU = (0.418, 0.55)
 """Measured on an H200 (benchmarks.md), and the goal."""
@@ -39,22 +40,18 @@ MFU = (0.418, 0.55)
 STEP, TOKENS, READERS = 64, 8192, 2
 """Examples of a step, most positions of a micro-batch, threads that read."""
 
-LORA_PARAMETERS = 24_330_240
+LORA_PARAMETERS = 27_033_600
 """Of r = 16 on the language model's linears of Voxtral-Mini."""
 
 
-def wait(examples: int = 600, steps: int = 40) -> None:
+def wait(examples: int = 600, steps: int = 20) -> None:
     """Print the share of waiting and the cores, for each rate, padded and packed."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sets = corpus(folder, draw_lengths(examples, 3, 375, 30.0))
-        collator = Collator(tekken(folder), AudioSpec(128, 3000, 375))
+        vocabulary = tekken(folder)
         for packed in (False, True):
-            settings = TrainSettings(
-                STEP, STEP, 2048, epochs=1e3, max_overlong_rate=0.5, max_tokens_per_micro_batch=TOKENS, packed=packed,
-                num_workers=READERS, overhead=OVERHEAD["cuda"], task_weights=",".join(map(str, WEIGHTS)),
-            )  # fmt: skip
-            data = TrainData(open_tasks(sets, collator), collator, settings)
+            data = training_data(sets, vocabulary, packed)
             for mfu in MFU:
                 waited, cores, rate = feed(data, mfu * PEAKS["h200"], steps)
                 print(
@@ -62,6 +59,16 @@ def wait(examples: int = 600, steps: int = 40) -> None:
                     f"{waited:.2%} of the time, {cores:.2f} cores",
                     flush=True,
                 )
+
+
+def training_data(sets: Sequence[Path], vocabulary: TekkenVocabulary, packed: bool) -> TrainData:
+    """The product's plan over the corpus, micro-batches as on a GPU."""
+    collator = Collator(vocabulary, AudioSpec(128, 3000, 375))
+    settings = TrainSettings(
+        STEP, STEP, 2048, epochs=1e3, max_overlong_rate=0.5, max_tokens_per_micro_batch=TOKENS, packed=packed,
+        num_workers=READERS, overhead=OVERHEAD["cuda"], task_weights=",".join(map(str, WEIGHTS)),
+    )  # fmt: skip
+    return TrainData(open_tasks(sets, collator), collator, settings)
 
 
 def corpus(folder: Path, lengths: Sequence[Lengths]) -> list[Path]:

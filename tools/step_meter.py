@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,20 @@ from train_step_arms import Arms
 
 from voxtral_dist.batch import MicroBatch
 from voxtral_dist.step_memory import LiveBytes
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's mallopt(3)."""
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed, for all arms alike, as CUDA's allocator does.
+
+    Else it gives large blocks back to the system, and every operation pays for getting its pages again.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        library.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def held_and_peak(arms: Arms, batches: Sequence[MicroBatch]) -> tuple[int, int]:

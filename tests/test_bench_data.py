@@ -100,7 +100,7 @@ def test_the_door(tools: None, capsys: pytest.CaptureFixture[str], monkeypatch: 
     script.main()
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()][1:] == ["resumed"]
     monkeypatch.setattr(sys, "argv", ["bench_data.py", "speed"])
-    with pytest.raises(UserError, match="balance, read, scale, start"):
+    with pytest.raises(UserError, match="balance, read, scale, wait, start"):
         script.main()
 
 

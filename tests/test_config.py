@@ -157,6 +157,7 @@ def test_config_yaml_gives_the_same_settings_back(tmp_path: Path) -> None:
         "lora_rslora": False,  # not beside tune
         "lora_dora": False,
         "debug": False,  # not beside dry_run
+        "torch_compile": False,  # not beside grad_ckpt
         "resume": "none",
         "epochs": 0.1,
         "freeze_whisper": False,

@@ -117,7 +117,7 @@ class TrainConfig(DataConfig):
         max_grad_norm: clip the global gradient norm at this value; 0: no clipping
         grad_ckpt: recompute the language model's layers in the backward pass (less memory, more time)
         torch_compile: compile the layers for training (the first steps take minutes); the gradient is the same up to
-            rounding, the dropout masks are others
+            rounding, the dropout masks are others; not with --grad_ckpt
         freeze_whisper: keep the audio encoder frozen; false trains all of it
         tune: what trains: 'lora': an adapter; 'projector': the projector's own weights; 'language_model': those of the
             language model's layers too, in float32
@@ -276,6 +276,10 @@ class TrainConfig(DataConfig):
         if self.load_in_4bit and self.tune == "language_model":
             raise UserError(
                 "--load_in_4bit with --tune language_model: weights in 4 bits cannot train; leave one out"
+            )
+        if self.torch_compile and self.grad_ckpt:
+            raise UserError(
+                "--torch_compile with --grad_ckpt: PyTorch cannot compile layers that are recomputed; leave one out"
             )
         if self.dry_run and self.debug:
             raise UserError(

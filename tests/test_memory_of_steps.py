@@ -38,16 +38,21 @@ inputs.
 """
 
 
+def use_pefts_layers(training: modeling.TrainingModel, casting: bool) -> None:
+    """What the peaks were measured with."""
+    for module in training.modules():
+        if hasattr(module, "lora_A"):
+            module.cast_input_dtype_enabled = casting
+            module.__class__ = Linear
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("flags", "positions", "measured"), MEASURED)
 def test_peaks_measured_on_a_gpu(flags: dict[str, Any], positions: int, measured: int) -> None:
     config, mini = TrainConfig(**flags), VoxtralConfig()
     shape = Shape.worst(positions, 2048, mini, config.packed)
     training = step_memory.weightless(mini, lora_settings(config), bf16=True, grad_ckpt=config.grad_ckpt)
-    for module in training.modules():
-        if hasattr(module, "lora_A"):
-            module.cast_input_dtype_enabled = True
-            module.__class__ = Linear
+    use_pefts_layers(training, casting=True)
     held = memory.states(training, config, 1, bf16=True)
     passes = step_memory.trace(training, shape, bf16=True)
     assert memory.Estimate(held, passes, shape, 0).peak == pytest.approx(measured, rel=0.03)
@@ -74,10 +79,7 @@ def test_peaks_measured_after_the_estimate_was_made(clips: int, grad_ckpt: bool,
     )
     shape = Shape(1, 429 * clips, clips, 46 * clips, packed=True)
     training = step_memory.weightless(mini, lora_settings(config), bf16=True, grad_ckpt=grad_ckpt)
-    for module in training.modules():
-        if hasattr(module, "lora_A"):
-            module.cast_input_dtype_enabled = False
-            module.__class__ = Linear
+    use_pefts_layers(training, casting=False)
     held = memory.states(training, config, 1, bf16=True)
     passes = step_memory.trace(training, shape, bf16=True)
     assert memory.Estimate(held, passes, shape, 0).peak / 2**30 == pytest.approx(measured, rel=0.1)

@@ -186,10 +186,8 @@ class TrainingModel(torch.nn.Module):
         """Sums of losses of one micro-batch on the model's device."""
         voxtral = self.voxtral
         embeds = embed(voxtral, batch.input_ids, self._states(batch), batch.audio_index)
-        if (
-            self._compiled and self.training
-        ):  # or the first layer is compiled once more, for an input without gradient
-            embeds = embeds if embeds.requires_grad else embeds.requires_grad_()
+        if self._compiled and self.training and not embeds.requires_grad:
+            embeds.requires_grad_()  # or the first layer is compiled once more, for an input without gradient
         language_model, positions = voxtral.model.language_model, batch.position_ids
         kind = MASK if positions is None else self.packed_kernel
         options = {} if positions is None else packed_options(positions, kind)

@@ -91,12 +91,12 @@ def train(config: TrainConfig, world: World) -> None:
             check_same_plan(data, checkpoint.step_of(newest) if newest else 0)
             if world.is_main:
                 go_back(out, newest, config.best_metric)
-                print("\n".join(dry_run.plan_lines(data, world.world_size)), flush=True)
                 about = run_dir.environment(world.world_size, str(device)) | {"data": fingerprints(tasks)}
                 about["init_adapter"] = [config.init_adapter, identity["init_adapter"]]
                 if newest and (changed := run_dir.changed_environment(out, about)):
                     log.warning("going on with %s: equal to rounding, not bit for bit", changed)
                 run_dir.begin(out, settings.dump_yaml(config), identity, about)
+                print("\n".join(dry_run.plan_lines(data, world.world_size)), flush=True)
             fit(config, data, dev, device, newest)
     finally:
         distributed.stop()

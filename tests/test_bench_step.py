@@ -9,7 +9,7 @@ import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,28 @@ def test_every_lever_keeps_the_gradient(found: dict[str, Any], capsys: pytest.Ca
     assert errors.pop("usual") is None and errors.pop("summed loss") > 1e-3
     assert len(errors) == 11 and max(errors.values()) < 1e-5, errors
     assert arms["usual"]["speed"] == 1.0 and all(row["mfu"] > 0 for row in arms.values())
+    memory = found["memory"]
+    assert [row["rows"] for row in memory] == [8, 16, 32]
+    shares = [row["weights_share"] for row in memory]
+    assert 1 > shares[0] > shares[1] >= shares[2] > 0, "ten examples fill no batch of 16"
+    last = memory[-1]
+    step = arms["packed, an example at a time"]["step_gib"]
+    usual_step = last["usual_gib"] * (1 - last["weights_share"])
+    assert last["ours_over_usual_step"] == pytest.approx(step / usual_step, rel=0.02)
     assert arms["packed, mask"]["padding"] == 0 < arms["by length"]["padding"] < arms["usual"]["padding"]
+
+
+def test_nothing_begins_after_the_time_is_up(
+    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = load("bench_train_step")
+    monkeypatch.setitem(bench.EXAMPLES, "cpu", 3)
+    chosen = {name: levers for name, levers in bench.ladder(CPU).items() if name in {"usual", "fused AdamW"}}
+    clock = iter([0.0, 1.0, 200.0, 200.0, 200.0])
+    monkeypatch.setattr(bench, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    found = bench.bench(CPU, chosen, 1, 1, minutes=3)
+    assert [row["arm"] for row in found["arms"]] == ["usual"] and "memory" not in found
+    assert "out of time before fused AdamW" in capsys.readouterr().out
 
 
 def test_the_usual_recipe_sends_gradients_through_the_encoder(load: Callable[[str], ModuleType]) -> None:
@@ -90,12 +111,12 @@ def test_transcription(load: Callable[[str], ModuleType], monkeypatch: pytest.Mo
     bench = load("bench_rtfx")
     monkeypatch.setattr(bench, "ROWS", 4)
     monkeypatch.setattr(bench, "TIMES", (1, 2))
-    found = bench.bench(6, 1)
+    found = bench.bench(CPU, 6, 1)
     for filled in ("7 of 30 s", "30 of 30 s"):
         assert list(found[filled]) == ["generate, 32 rows", "ours, 1 x the cache", "ours, 2 x the cache"]
     monkeypatch.setattr(bench, "ours", lambda voxtral, clips, device, tokens: [[1]] * len(clips))
     with pytest.raises(AssertionError, match="ours, 1 x the cache gives another text"):
-        bench.bench(6, 1)
+        bench.bench(CPU, 6, 1)
 
 
 def test_simulated_scaling(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
     python tools/bench_train_step.py                  the device at hand: on a GPU the shape of Voxtral-Mini-3B in
                                                       bfloat16, on a CPU a shape of 136 million weights in float32
     python tools/bench_train_step.py --rounds 5 --arms 'usual;fused AdamW' --results FILE.json
+    python tools/bench_train_step.py --rounds 1 --steps 2 --minutes 7     on a GPU that is lent for ten minutes
 
 The weights are random and the model is made on the device, so nothing is downloaded. Every arm trains on the same
 examples (see train_step_data.py for their lengths); rounds alternate between the arms after a warm-up and the median
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import sys
 import time
@@ -24,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_model import device_facts, random_model, shape
-from step_meter import held_and_peak, joules, keep_freed_memory
+from step_meter import Measured, clips, keep_freed_memory, memory_by_rows, profile, run_round
 from train_step_arms import Arms, Levers
 from train_step_data import Lengths, draw_lengths
 
@@ -36,6 +38,9 @@ from voxtral_dist.packed_attention import FLEX, MASK, SPLIT, VARLEN
 
 ROWS = {"cuda": 8, "cpu": 8}
 """Examples in a micro-batch of the usual recipe."""
+
+MEMORY_ROWS = (8, 16, 32)
+"""Others, whose memory is compared."""
 
 TOKENS = {"cuda": (8192, 8192), "cpu": (768, 320)}
 """Most positions in a micro-batch of ours, where the decoder layers are computed twice, and where they are not."""
@@ -64,7 +69,6 @@ def ladder(device: torch.device) -> dict[str, Levers]:
             ("no input casting", {"casting": False}),
             ("adapter in one pass", {"one_pass": True}),
             ("encoder outside autocast", {"encoder_autocast": False}),
-            ("packed, an example at a time", {"packed": SPLIT}),
             ("packed, flex_attention", {"packed": FLEX}),
             ("packed, varlen_attn", {"packed": VARLEN}),
             ("compiled layers", {"compiled": True}),
@@ -83,45 +87,6 @@ def ladder(device: torch.device) -> dict[str, Levers]:
         levers = dataclasses.replace(levers, **pulled)
         arms[name] = levers
     return arms
-
-
-@dataclasses.dataclass
-class Measured:
-    """What the rounds of one arm took.
-
-    Attributes:
-        seconds: of each round's step.
-        peak: most bytes in use during a step, the model's own included.
-        held: bytes in use before a step.
-        joules: of a step, None without a counter.
-        padding: share of positions that are padding.
-        loss: of the last step.
-    """
-
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    peak: int = 0
-    held: int = 0
-    joules: float | None = None
-    padding: float = 0.0
-    loss: float = 0.0
-
-
-def run_round(arms: Arms, levers: Levers, measured: Measured, steps: int) -> None:
-    """Time some steps of an arm and keep the figures; before its first round, warm up and measure the memory."""
-    batches = arms.prepare(levers)
-    if not measured.seconds:
-        measured.padding = 1 - sum(b.tokens for b in batches) / sum(b.positions for b in batches)
-        if arms.device.type == "cuda":
-            arms.step(batches)
-        measured.held, measured.peak = held_and_peak(arms, batches)
-    before = joules(arms.device)
-    for _ in range(steps):
-        started = time.perf_counter()
-        measured.loss = arms.step(batches)
-        measured.seconds.append(time.perf_counter() - started)
-    after = joules(arms.device)
-    if before is not None and after is not None:
-        measured.joules = (after - before) / steps
 
 
 def compare_gradients(arms: Arms, ladder_: dict[str, Levers]) -> dict[str, float]:
@@ -183,8 +148,11 @@ def table(
     return rows
 
 
-def bench(device: torch.device, chosen: dict[str, Levers], rounds: int, steps: int) -> dict[str, Any]:
-    """Measure the arms and print the table; returns everything."""
+def bench(
+    device: torch.device, chosen: dict[str, Levers], rounds: int, steps: int, minutes: float
+) -> dict[str, Any]:
+    """Measure the arms and print the table; returns everything. Nothing new begins after so many minutes."""
+    deadline = time.monotonic() + 60 * minutes
     if device.type == "cpu":
         keep_freed_memory()
     config, peak = shape(device), flops.peak(device)
@@ -209,52 +177,22 @@ def bench(device: torch.device, chosen: dict[str, Levers], rounds: int, steps: i
     print("gradient against the arm before:", {name: f"{e:.1e}" for name, e in errors.items()}, flush=True)
     results = {name: Measured() for name in chosen}
     for name in [*chosen] * rounds:
+        if time.monotonic() > deadline:
+            print(f"out of time before {name}; what is missing is not in the table", flush=True)
+            break
         run_round(arms, chosen[name], results[name], steps)
         seconds = results[name].seconds[-1]
         mfu = facts["flops"] / seconds / peak.flops
         print(f"{name}: {seconds:.2f} s, MFU {mfu:.1%}", file=sys.stderr, flush=True)
+    results = {name: measured for name, measured in results.items() if measured.seconds}
     found = facts | {"arms": table(results, errors, facts)}
-    if device.type == "cuda":
-        profile(arms, list(chosen.values())[-1])
-        found["clips"] = clips(arms, list(chosen.values())[-1])
+    ran = [levers for name, levers in chosen.items() if name in results and not levers.cached]
+    if len(ran) > 1 and time.monotonic() < deadline:
+        found["memory"] = memory_by_rows(arms, ran[0], ran[-1], MEMORY_ROWS)
+    if device.type == "cuda" and ran and time.monotonic() < deadline:
+        profile(arms, ran[-1])
+        found["clips"] = clips(arms, ran[-1])
     return found
-
-
-def profile(arms: Arms, levers: Levers) -> None:
-    """Print where the device's time of a step goes."""
-    batches = arms.prepare(levers)
-    arms.step(batches)
-    with torch.profiler.profile() as profiler:
-        arms.step(batches)
-    print(
-        profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=24, max_name_column_width=70)
-    )
-
-
-def clips(arms: Arms, levers: Levers) -> list[dict[str, Any]]:
-    """Peak memory of micro-batches of so many clips of 3 s, decoder layers computed once and twice."""
-    rows = []
-    for recompute in (0, 1):
-        for count in (8, 16, 32):
-            arms.examples = [Lengths(0, 375 + 8, 46, 1, 3.0)] * count
-            pulled = dataclasses.replace(levers, recompute=recompute, tokens=429 * count)
-            measured = Measured()
-            try:
-                run_round(arms, pulled, measured, 1)
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                continue
-            peak = measured.peak / 2**30
-            rows.append(
-                {
-                    "clips": count,
-                    "recompute": recompute,
-                    "peak_gib": peak,
-                    "clips_per_s": count / measured.seconds[0],
-                }
-            )
-            print(rows[-1], flush=True)
-    return rows
 
 
 def main() -> None:
@@ -262,6 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1, help="of an arm in a round (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing new after so many")
     parser.add_argument("--arms", default="", help="names, semicolon separated (default: all)")
     parser.add_argument("--results", type=Path, help="write the figures there as JSON")
     args = parser.parse_args()
@@ -271,7 +210,7 @@ def main() -> None:
     unknown = sorted(set(wanted) - set(chosen))
     if unknown:
         raise UserError(f"--arms: {unknown[0]!r} is none of {'; '.join(chosen)}")
-    found = bench(device, {name: chosen[name] for name in wanted}, args.rounds, args.steps)
+    found = bench(device, {name: chosen[name] for name in wanted}, args.rounds, args.steps, args.minutes)
     if args.results:
         write_bytes(args.results, (json.dumps(found, indent=1) + "\n").encode())
 

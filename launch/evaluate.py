@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from voxtral_dist import config as settings
-from voxtral_dist import distributed, run_dir
+from voxtral_dist import command_line, distributed, run_dir
 from voxtral_dist.config import EvalConfig
 from voxtral_dist.distributed import World
 from voxtral_dist.logger import setup_logging
@@ -24,7 +23,7 @@ def main() -> None:
 
 def run(world: World) -> None:
     """Read the flags and evaluate as one of ``world.world_size`` ranks."""
-    config = settings.parse(EvalConfig, sys.argv[1:], "evaluate.py")
+    config = command_line.parse(EvalConfig, sys.argv[1:], "evaluate.py")
     setup_logging(world.rank)
     from voxtral_dist.evaluation_run import evaluate, with_run_settings
     from voxtral_dist.prediction_run import predict

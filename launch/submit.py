@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from voxtral_dist import atomic, run_dir
+from voxtral_dist import atomic, command_line, run_dir
 from voxtral_dist import config as settings
 from voxtral_dist.arm_flags import parsed, to_yaml
 from voxtral_dist.config import EvalConfig, TrainConfig, split_list
@@ -69,7 +69,7 @@ class Job:
 def main(argv: Sequence[str] | None = None) -> None:
     """Check the settings, write the job scripts and submit them."""
     flags = _parser().parse_args(argv)
-    config = settings.parse(TrainConfig, ["--config", flags.config], "train.py")
+    config = command_line.parse(TrainConfig, ["--config", flags.config], "train.py")
     run = Path(config.output_dir).absolute()
     run_dir.check_output_dir(run)
     steps = _steps(flags, config)

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from voxtral_dist import config as settings
-from voxtral_dist import distributed, run_dir
+from voxtral_dist import command_line, distributed, run_dir
 from voxtral_dist.config import TrainConfig
 from voxtral_dist.distributed import World
 from voxtral_dist.logger import setup_logging
@@ -24,7 +23,7 @@ def main() -> None:
 
 def run(world: World) -> None:
     """Read the flags and train as one of ``world.world_size`` ranks."""
-    config = settings.parse(TrainConfig, sys.argv[1:], "train.py")
+    config = command_line.parse(TrainConfig, sys.argv[1:], "train.py")
     setup_logging(world.rank)
     trains = not (config.dry_run or config.debug)
     with run_dir.exit_status(config.output_dir, active=world.is_main and trains):

@@ -20,8 +20,8 @@ import pytest
 from demo_runs import Demo
 from harness import ROOT, load_script
 
+from voxtral_dist import command_line, prepare, run_dir, training_run
 from voxtral_dist import config as settings
-from voxtral_dist import prepare, run_dir, training_run
 from voxtral_dist.config import TrainConfig, split_list
 from voxtral_dist.distributed import World
 from voxtral_dist.errors import UserError
@@ -305,7 +305,7 @@ def other_run(tiny_model: Path, demo: Path, tmp_path: Path) -> Path:
     """A run directory as it is when a training has just begun in it."""
     out = tmp_path / "out"
     flags = ["--model_id", str(tiny_model), "--output_dir", str(out), "--max_len", "128"]
-    config = settings.parse(TrainConfig, [*flags, "--train_shards", shards(demo, "train")], "train.py")
+    config = command_line.parse(TrainConfig, [*flags, "--train_shards", shards(demo, "train")], "train.py")
     collator = prepare.open_collator(config)
     tasks = open_tasks(split_list(config.train_shards), collator)
     identity = training_run.plan_data(config, WORLD, tasks, collator, None).identity()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from voxtral_dist import command_line
 from voxtral_dist import config as settings
 from voxtral_dist.config import EvalConfig, TrainConfig
 from voxtral_dist.errors import UserError
@@ -17,7 +18,7 @@ NEEDED = ["--model_id", "base", "--output_dir", "out", "--train_shards", "asr/tr
 
 
 def parse(*flags: str) -> TrainConfig:
-    return settings.parse(TrainConfig, [*NEEDED, *flags], "train.py")
+    return command_line.parse(TrainConfig, [*NEEDED, *flags], "train.py")
 
 
 def yaml_file(folder: Path, text: str) -> str:
@@ -94,8 +95,8 @@ def test_limits_that_belong_to_the_range() -> None:
 def test_evaluation_needs_exactly_one_kind_of_data() -> None:
     for flags, state in (([], "neither"), (["--val_shards", "a", "--val_jsonl", "b"], "both")):
         with pytest.raises(UserError, match=state):
-            settings.parse(EvalConfig, ["--lora_dir", "run", *flags], "evaluate.py")
-    config = settings.parse(
+            command_line.parse(EvalConfig, ["--lora_dir", "run", *flags], "evaluate.py")
+    config = command_line.parse(
         EvalConfig, ["--lora_dir", "run", "--val_shards", "a", "--audio_probe"], "evaluate.py"
     )
     assert config.audio_probe and config.model_id == ""
@@ -115,7 +116,7 @@ def test_yaml_alone_is_enough(tmp_path: Path) -> None:
         "model_id: 모델\noutput_dir: out\ntrain_jsonl: [asr.jsonl, 'two words.jsonl']\n"
         "learning_rate: 1e-4\nepochs: 2\nfreeze_whisper: false\n"
     )
-    config = settings.parse(TrainConfig, ["--config", yaml_file(tmp_path, text)], "train.py")
+    config = command_line.parse(TrainConfig, ["--config", yaml_file(tmp_path, text)], "train.py")
     assert config.model_id == "모델" and settings.split_list(config.train_jsonl) == [
         "asr.jsonl",
         "two words.jsonl",
@@ -170,7 +171,7 @@ def test_config_yaml_gives_the_same_settings_back(tmp_path: Path) -> None:
     ):
         setattr(config, name, another(getattr(config, name)))
     path = yaml_file(tmp_path, settings.dump_yaml(config))
-    assert settings.parse(TrainConfig, ["--config", path], "train.py") == config
+    assert command_line.parse(TrainConfig, ["--config", path], "train.py") == config
     assert settings.load_yaml(Path(path)) == yaml.safe_load(settings.dump_yaml(config))
 
 
@@ -184,7 +185,7 @@ def test_load_yaml_refuses_what_is_no_mapping(tmp_path: Path) -> None:
 
 def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        settings.parse(TrainConfig, ["--help"], "train.py")
+        command_line.parse(TrainConfig, ["--help"], "train.py")
     text = capsys.readouterr().out
     assert caught.value.code == 0
     for field in dataclasses.fields(TrainConfig):

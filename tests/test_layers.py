@@ -14,7 +14,7 @@ FILES = sorted((Path(__file__).resolve().parents[1] / PACKAGE).glob("*.py"))
 # A module imports from the layers above its own. Where a layer is "open" its modules may import one another too;
 # "2 data", "2 model" and "2 results" do not know each other.
 LAYERS = {
-    "0 ground": "errors activity atomic config distributed logger watchdog workers",
+    "0 ground": "errors activity atomic config command_line distributed logger watchdog workers",
     "1 words": "sample tasks text_norm normalizers ngram_scores scoring significance record_scores text_checks "
     "loss batch flops early_stopping",
     "2 data": "tar_members shard_format shard_reader shard_source shard_cache encoder_cache shards foreign_tar "

@@ -13,7 +13,7 @@ import torch
 from demo_runs import Demo, alone, environment, losses
 from harness import ROOT
 
-from voxtral_dist import checkpoint, distributed, prepare, training_run
+from voxtral_dist import checkpoint, command_line, distributed, prepare, training_run
 from voxtral_dist import config as settings
 from voxtral_dist.config import TrainConfig
 from voxtral_dist.distributed import World
@@ -128,7 +128,7 @@ def test_a_micro_batch_costs_what_its_device_takes_to_start_one(
     demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, overhead: int
 ) -> None:
     monkeypatch.setattr(distributed, "local_device", lambda world: torch.device(device))
-    config = settings.parse(TrainConfig, demo.flags(tmp_path / "run"), "train.py")
+    config = command_line.parse(TrainConfig, demo.flags(tmp_path / "run"), "train.py")
     collator = prepare.open_collator(config)
     tasks = open_tasks(settings.split_list(config.train_shards), collator)
     data = training_run.plan_data(config, World(0, 0, 1), tasks, collator, None)

@@ -12,8 +12,8 @@ from harness import ROOT
 from test_memory import small_24b
 from transformers import VoxtralConfig
 
+from voxtral_dist import command_line, memory, prepare, training_run
 from voxtral_dist import config as settings
-from voxtral_dist import memory, prepare, training_run
 from voxtral_dist.config import TrainConfig
 from voxtral_dist.distributed import World
 from voxtral_dist.memory import Estimate
@@ -25,7 +25,7 @@ CARD = 80e9
 
 
 def preset(name: str, *flags: str) -> TrainConfig:
-    return settings.parse(TrainConfig, ["--config", f"launch/presets/{name}.yaml", *flags], "test")
+    return command_line.parse(TrainConfig, ["--config", f"launch/presets/{name}.yaml", *flags], "test")
 
 
 def head(name: str) -> str:
@@ -70,7 +70,7 @@ def test_preset_is_opened_by_its_command(name: str) -> None:
     script = next(word for word in words if word.startswith("launch/") and word.endswith((".sh", ".py")))
     assert (ROOT / script).is_file() and "Not run" in head(name)
     if script == "launch/train.sh":
-        settings.parse(TrainConfig, words[words.index(script) + 1 :], "train.py")
+        command_line.parse(TrainConfig, words[words.index(script) + 1 :], "train.py")
     assert f"--ranks {ranks(name)}\n" in head(name)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from harness import ROOT, load_script
 
-from voxtral_dist import config as settings
+from voxtral_dist import command_line
 from voxtral_dist.config import DataConfig, EvalConfig, TrainConfig
 from voxtral_dist.errors import ExitCode
 from voxtral_dist.tasks import parse_row
@@ -133,7 +133,7 @@ def test_commands_parse(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         script = Path(words[place]).stem
         seen.append(script)
         if script in OF_SCRIPT:
-            settings.parse(OF_SCRIPT[script], words[place + 1 :], script)
+            command_line.parse(OF_SCRIPT[script], words[place + 1 :], script)
         elif script == "build_shards":
             builder.parse_args(words[place + 1 :])
         elif script == "submit":

@@ -12,8 +12,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 
-from voxtral_dist import config as settings
-from voxtral_dist import memory, model, prepare
+from voxtral_dist import command_line, memory, model, prepare
 from voxtral_dist.config import TrainConfig
 from voxtral_dist.errors import UserError, run_main
 from voxtral_dist.memory import Estimate
@@ -44,7 +43,7 @@ class MemoryConfig(TrainConfig):
 
 def main() -> None:
     """Print the estimate, and what fits."""
-    config = settings.parse(MemoryConfig, sys.argv[1:], "estimate_memory.py")
+    config = command_line.parse(MemoryConfig, sys.argv[1:], "estimate_memory.py")
     if config.bf16 is None:
         config = replace(config, bf16=True)
     model_config = model.read_config(config.model_id)

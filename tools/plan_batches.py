@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from voxtral_dist import checkpoint, config, dry_run, prepare
+from voxtral_dist import checkpoint, command_line, dry_run, prepare
 from voxtral_dist.audio import SAMPLE_RATE
 from voxtral_dist.audit import audit
 from voxtral_dist.config import TrainConfig
@@ -52,7 +52,7 @@ class PlanConfig(TrainConfig):
 
 def main() -> None:
     """Plan or audit."""
-    flags = config.parse(PlanConfig, sys.argv[1:], "plan_batches.py")
+    flags = command_line.parse(PlanConfig, sys.argv[1:], "plan_batches.py")
     if flags.audit:
         print(audit_run(Path(flags.audit)))
         return
@@ -119,7 +119,7 @@ def share_lines(data: TrainData, flags: PlanConfig) -> list[str]:
 
 def audit_run(run: Path) -> str:
     """Rebuild the plan of a run from its own settings and history, and audit its log."""
-    settings = config.parse(
+    settings = command_line.parse(
         TrainConfig, ["--config", str(run / "config.yaml"), "--output_dir", str(run)], "audit"
     )
     newest = checkpoint.newest_whole(run)

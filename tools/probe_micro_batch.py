@@ -12,8 +12,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from voxtral_dist import config as settings
-from voxtral_dist import distributed, memory
+from voxtral_dist import command_line, distributed, memory
 from voxtral_dist.config import TrainConfig
 from voxtral_dist.distributed import World
 from voxtral_dist.errors import UserError
@@ -41,7 +40,7 @@ class ProbeConfig(TrainConfig):
 
 def run(world: World) -> None:
     """Probe as one of ``world.world_size`` ranks; rank 0 speaks."""
-    config = settings.parse(ProbeConfig, sys.argv[1:], "probe_micro_batch.py")
+    config = command_line.parse(ProbeConfig, sys.argv[1:], "probe_micro_batch.py")
     setup_logging(world.rank)
     device = distributed.local_device(world)
     distributed.start(device)

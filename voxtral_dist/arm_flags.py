@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from voxtral_dist import command_line
 from voxtral_dist import config as settings
 from voxtral_dist.config import DataConfig, EvalConfig, TrainConfig, split_list
 from voxtral_dist.errors import UserError
@@ -167,7 +168,7 @@ def parsed(config_class: type[DataConfig], flags: Flags, where: str) -> Flags:
         file = Path(folder, "flags.yaml")
         file.write_text(to_yaml(flags), "utf-8")
         try:
-            config = settings.parse(config_class, ["--config", str(file)], f"{SCRIPTS[config_class]}.py")
+            config = command_line.parse(config_class, ["--config", str(file)], f"{SCRIPTS[config_class]}.py")
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
     if isinstance(config, TrainConfig):

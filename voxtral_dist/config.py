@@ -1,20 +1,15 @@
 """Every setting, declared once: the same dataclasses give the flags, the YAML keys, ``--help`` and config.yaml.
 
-Order: defaults here, then ``--config FILE.yaml``, then flags. An unknown key or flag is an error.
-Booleans take the bare form (``--bf16``), a value (``--bf16 true``) and ``--no_bf16``.
+:mod:`voxtral_dist.command_line` reads them.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
-import typing
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import jsonargparse
 import yaml
 
 from voxtral_dist.errors import UserError
@@ -325,9 +320,6 @@ class EvalConfig(DataConfig):
             raise UserError("--predict scores nothing; leave out --val_shards, --val_jsonl and --audio_probe")
 
 
-ConfigT = TypeVar("ConfigT", bound=DataConfig)
-
-
 def _required(config: DataConfig, name: str) -> None:
     if not getattr(config, name):
         raise UserError(f"--{name} is missing; there is no default for it")
@@ -343,55 +335,6 @@ def split_list(value: CommaList) -> list[str]:
     """Items of a comma separated flag or a YAML list, without blanks."""
     items = value.split(",") if isinstance(value, str) else value
     return [item.strip() for item in items if item.strip()]
-
-
-def parse(config_class: type[ConfigT], argv: Sequence[str], prog: str) -> ConfigT:
-    """Read flags and ``--config`` into a validated config.
-
-    Raises:
-        UserError: unknown flag or key, wrong type or value, missing file.
-    """
-    parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file with the same names as the flags")
-    parser.add_class_arguments(config_class, as_group=False)
-    try:
-        namespace = parser.parse_args(_plain_flags(config_class, argv))
-    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
-        raise UserError(f"{prog}: {_first_line(str(error))}; see --help for the flags") from error
-    names = [field.name for field in dataclasses.fields(config_class)]
-    config = config_class(**{name: namespace[name] for name in names})
-    config.validate()
-    return config
-
-
-def _plain_flags(config_class: type[DataConfig], argv: Sequence[str]) -> list[str]:
-    """Rewrite ``--flag``, ``--flag true`` and ``--no_flag``, drop the launcher's ``--local_rank``, and put ``--config``
-    first, because the parser lets the later of two settings win."""
-    hints = typing.get_type_hints(config_class)
-    flags = {f"--{name}" for name, hint in hints.items() if hint is bool or bool in typing.get_args(hint)}
-    words, first, rest = list(argv), [], []
-    while words:
-        word = words.pop(0)
-        if word == "--local_rank" and words:
-            words.pop(0)
-        elif word == "--config" and words:
-            first += [word, words.pop(0)]
-        elif word.startswith("--config="):
-            first.append(word)
-        elif word.startswith("--local_rank="):
-            continue
-        elif word.startswith("--no_") and f"--{word[5:]}" in flags:
-            rest.append(f"--{word[5:]}=false")
-        elif word in flags:
-            has_value = words and words[0].lower() in ("true", "false")
-            rest.append(f"{word}={words.pop(0).lower() if has_value else 'true'}")
-        else:
-            rest.append(word)
-    return first + rest
-
-
-def _first_line(message: str) -> str:
-    return " ".join(line.strip() for line in message.splitlines() if line.strip())[:400]
 
 
 def to_dict(config: DataConfig) -> dict[str, Any]:

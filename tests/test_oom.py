@@ -94,6 +94,7 @@ def too_large(rank: int, model_dir: str) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_an_example_that_does_not_fit_ends_the_run_on_all_ranks(tiny_model: Path) -> None:
     first, second = run_ranks(too_large, 2, str(tiny_model))
     assert first == second and "positions does not fit, alone in its micro-batch" in first

@@ -75,6 +75,7 @@ def test_validation_loss_between_evaluations(staged: tuple[Path, str]) -> None:
     assert measured[12]["val_loss/tqa"] < measured[4]["val_loss/tqa"]
 
 
+@pytest.mark.slow
 def test_two_ranks_do_the_same(demo: Demo, staged: tuple[Path, str], tmp_path: Path) -> None:
     """Stages, packed rows and caps per task on two ranks and on one: the same losses, norms and validation losses."""
     run = two_ranks("slurm", demo.flags(tmp_path / "run", *STAGED), tmp_path / "run")
@@ -99,6 +100,7 @@ def test_a_staged_run_goes_on_to_the_same_bits(demo: Demo, staged: tuple[Path, s
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
 
 
+@pytest.mark.slow
 def test_early_stopping_counts_in_the_last_stage_only(demo: Demo, tmp_path: Path) -> None:
     """A gain of 9 is impossible, so the second evaluation of the last stage, steps 4 to 8, is the end."""
     run = tmp_path / "run"

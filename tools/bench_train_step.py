@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_model import device_facts, random_model, shape
-from step_meter import Measured, clips, keep_freed_memory, memory_by_rows, profile, run_round
+from step_meter import Measured, clips, floors, keep_freed_memory, memory_by_rows, profile, run_round
 from train_step_arms import Arms, Levers
 from train_step_data import Lengths, draw_lengths
 
@@ -109,12 +109,11 @@ def useful_flops(examples: list[Lengths], config: Any, lora_parameters: int) -> 
     return counted.training(positions, chunks, labels, lora_parameters=lora_parameters)
 
 
-def table(
+def rows_of(
     results: dict[str, Measured], errors: dict[str, float], facts: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Print a row per arm and return them."""
+    """The figures of each arm."""
     first = next(iter(results.values()))
-    base = statistics.median(first.seconds)
     rows = []
     for name, measured in results.items():
         seconds = statistics.median(measured.seconds)
@@ -122,7 +121,7 @@ def table(
         rows.append(
             {
                 "arm": name,
-                "speed": base / seconds,
+                "speed": statistics.median(first.seconds) / seconds,
                 "speed_quartiles": np.quantile(ratios, (0.25, 0.75)).tolist(),
                 "samples_per_s": facts["samples"] / seconds,
                 "tokens_per_s": facts["tokens"] / seconds,
@@ -136,16 +135,31 @@ def table(
                 "loss": measured.loss,
             }
         )
-    print(f"{'arm':28}{'speed':>7}{'MFU':>7}{'samples/s':>11}{'audio h/h':>11}{'peak GiB':>10}{'step GiB':>10}"
-          f"{'padding':>9}{'J/sample':>10}{'gradient':>10}")  # fmt: skip
-    for row in rows:
-        error, energy = row["gradient_error"], row["joules_per_sample"]
-        print(
-            f"{row['arm']:28}{row['speed']:7.2f}{row['mfu']:7.1%}{row['samples_per_s']:11.2f}"
-            f"{row['audio_hours_per_hour']:11.0f}{row['peak_gib']:10.2f}{row['step_gib']:10.2f}{row['padding']:9.1%}"
-            f"{'' if energy is None else f'{energy:.1f}':>10}{'' if error is None else f'{error:.1e}':>10}"
-        )
     return rows
+
+
+COLUMNS = {
+    "speed": ("speed", ".2f"),
+    "MFU": ("mfu", ".1%"),
+    "samples/s": ("samples_per_s", ".2f"),
+    "tokens/s": ("tokens_per_s", ".0f"),
+    "audio h/h": ("audio_hours_per_hour", ".0f"),
+    "peak GiB": ("peak_gib", ".2f"),
+    "step GiB": ("step_gib", ".2f"),
+    "padding": ("padding", ".1%"),
+    "J/sample": ("joules_per_sample", ".1f"),
+    "gradient": ("gradient_error", ".1e"),
+}
+
+
+def show(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Print a row per arm, and the speed of a step that took no longer than the floors."""
+    print(f"{'arm':28}", *(f"{title:>9}" for title in COLUMNS))
+    for row in rows:
+        cells = ["" if row[key] is None else f"{row[key]:{form}}" for key, form in COLUMNS.values()]
+        print(f"{row['arm']:28}", *(f"{cell:>9}" for cell in cells))
+    for name, seconds in facts["floor_seconds"].items():
+        print(f"{'floor, ' + name:28} {facts['samples'] / seconds / rows[0]['samples_per_s']:9.2f}")
 
 
 def bench(
@@ -172,6 +186,7 @@ def bench(
         "peak_flops": peak.flops,
         "peak_source": peak.source,
     }
+    facts["floor_seconds"] = floors(arms, facts["flops"])
     print(json.dumps(facts, indent=1), flush=True)
     errors = compare_gradients(arms, {name: levers for name, levers in chosen.items() if not levers.compiled})
     print("gradient against the arm before:", {name: f"{e:.1e}" for name, e in errors.items()}, flush=True)
@@ -185,7 +200,8 @@ def bench(
         mfu = facts["flops"] / seconds / peak.flops
         print(f"{name}: {seconds:.2f} s, MFU {mfu:.1%}", file=sys.stderr, flush=True)
     results = {name: measured for name, measured in results.items() if measured.seconds}
-    found = facts | {"arms": table(results, errors, facts)}
+    found = facts | {"arms": rows_of(results, errors, facts)}
+    show(found["arms"], facts)
     ran = [levers for name, levers in chosen.items() if name in results and not levers.cached]
     if len(ran) > 1 and time.monotonic() < deadline:
         found["memory"] = memory_by_rows(arms, ran[0], ran[-1], MEMORY_ROWS)

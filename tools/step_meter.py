@@ -13,6 +13,7 @@ import torch
 from train_step_arms import Arms, Levers
 from train_step_data import Lengths
 
+from voxtral_dist import flops
 from voxtral_dist.batch import MicroBatch
 from voxtral_dist.step_memory import LiveBytes
 
@@ -141,6 +142,29 @@ def clips(arms: Arms, levers: Levers) -> list[dict[str, Any]]:
             )
             print(rows[-1], flush=True)
     return rows
+
+
+def floors(arms: Arms, useful_flops: int) -> dict[str, float]:
+    """Seconds that a step cannot go below on this device: its FLOPs, and reading the weights forward and backward.
+
+    At the rate of one large matrix product and the bandwidth of one large copy, both measured here.
+    """
+    rate = flops.measured_peak(arms.device, str(arms.device)).flops
+    weights = sum(parameter.nbytes for parameter in arms.model.parameters())
+    return {"flops": useful_flops / rate, "bytes": 2 * weights / copy_bandwidth(arms.device)}
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written per second, the best of some copies of 256 MB."""
+    source = torch.ones(1 << 26, device=device)
+    target, best = torch.empty_like(source), 0.0
+    for _ in range(10):
+        started = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - started))
+    return best
 
 
 def memory_by_rows(arms: Arms, usual: Levers, ours: Levers, counts: Sequence[int]) -> list[dict[str, float]]:

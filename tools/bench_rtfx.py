@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -129,6 +130,7 @@ def compare(voxtral: Any, clips: Sequence[Clip], seconds: float, rounds: int) ->
         started = time.perf_counter()
         found = arms[name]()
         took[name].append(time.perf_counter() - started)
+        print(f"    {name}: RTFx {len(clips) * seconds / took[name][-1]:.1f}", file=sys.stderr, flush=True)
         expected = expected or found
         same = (
             found == expected

@@ -60,6 +60,7 @@ def ladder(device: torch.device) -> dict[str, Levers]:
         ("no mask", {"mask": False}),
         ("summed loss", {"summed": True}),
         ("by length", {"tokens": many}),
+        ("every other layer recomputed", {"recompute": 2}),
         ("nothing recomputed", {"recompute": 0, "tokens": few}),
         ("one reduction", {"reduce_once": True}),
     ]
@@ -154,12 +155,12 @@ COLUMNS = {
 
 def show(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     """Print a row per arm, and the speed of a step that took no longer than the floors."""
-    print(f"{'arm':28}", *(f"{title:>9}" for title in COLUMNS))
+    print(f"{'arm':30}", *(f"{title:>9}" for title in COLUMNS))
     for row in rows:
         cells = ["" if row[key] is None else f"{row[key]:{form}}" for key, form in COLUMNS.values()]
-        print(f"{row['arm']:28}", *(f"{cell:>9}" for cell in cells))
+        print(f"{row['arm']:30}", *(f"{cell:>9}" for cell in cells))
     for name, seconds in facts["floor_seconds"].items():
-        print(f"{'floor, ' + name:28} {facts['samples'] / seconds / rows[0]['samples_per_s']:9.2f}")
+        print(f"{'floor, ' + name:30} {facts['samples'] / seconds / rows[0]['samples_per_s']:9.2f}")
 
 
 def bench(

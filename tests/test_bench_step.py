@@ -115,9 +115,9 @@ def test_transcription(load: Callable[[str], ModuleType], monkeypatch: pytest.Mo
     monkeypatch.setattr(bench, "TIMES", (1, 2))
     found = bench.bench(CPU, 6, 1)
     for filled in ("7 of 30 s", "30 of 30 s"):
-        assert list(found[filled]) == ["generate, 32 rows", "ours, 1 x the cache", "ours, 2 x the cache"]
-    monkeypatch.setattr(bench, "ours", lambda voxtral, clips, device, tokens: [[1]] * len(clips))
-    with pytest.raises(AssertionError, match="ours, 1 x the cache gives another text"):
+        assert list(found[filled]) == ["generate, 4 rows", "ours, 4 rows", "ours, 8 rows"]
+    monkeypatch.setattr(bench, "ours", lambda voxtral, clips, device, rows: [[1]] * len(clips))
+    with pytest.raises(AssertionError, match="ours, 4 rows gives another text"):
         bench.bench(CPU, 6, 1)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from demo_runs import Demo, Process, started
 from test_gradient import build, make_examples
 from test_packed import gradients
 
@@ -28,6 +30,39 @@ def test_layers_are_compiled_in_training_alone(tiny_model: Path) -> None:
     assert compiled(training) == {False}
     for mode in (True, False, True):
         assert compiled(training.train(mode)) == {mode}
+
+
+WATCHED = """
+import sys
+sys.path.insert(0, "launch")
+import train
+from voxtral_dist.decode_share import Share
+from voxtral_dist.model import TrainingModel, unwrap
+
+
+def watched(function, name):
+    def call(self, *args):
+        layer = unwrap(self.model).model.language_model.layers[0]
+        print(f"{name} compiled={layer._compiled_call_impl is not None} training={layer.training}", flush=True)
+        return function(self, *args)
+    return call
+
+
+Share.run = watched(Share.run, "decode")
+TrainingModel.forward = watched(TrainingModel.forward, "step")
+train.main()
+"""
+
+
+def test_a_run_decodes_through_the_layers_as_they_are(demo: Demo, tmp_path: Path) -> None:
+    """Before, between and after its training steps."""
+    flags = demo.flags(tmp_path / "run", "--max_steps", "2", "--eval_steps", "1", "--torch_compile")
+    with started([Process([sys.executable, "-c", WATCHED, *flags], tmp_path / "log")]) as (process,):
+        assert process.end() == 0, process.text
+    found = [line for line in process.text.splitlines() if line.startswith(("decode ", "step "))]
+    decodings = [line for line in found if line.startswith("decode")]
+    assert decodings == ["decode compiled=False training=False"] * 3 and found[0] == found[-1] == decodings[0]
+    assert "step compiled=True training=True" in found and "step compiled=False training=True" not in found
 
 
 def test_a_missing_compiler_is_one_line(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,7 @@ def test_the_launchers_local_rank_is_ignored(flags: list[str]) -> None:
         (["--lora_dropout", "1"], "lora_dropout"),
         (["--max_overlong_rate", "1.5"], "max_overlong_rate"),
         (["--epochs", "0"], "epochs"),
+        (["--epochs", ".inf", "--max_steps", "10"], "--epochs inf"),
         (["--max_len", "0"], "max_len"),
         (["--save_steps", "-1"], "save_steps"),
         (["--model_id", ""], "model_id"),

@@ -137,6 +137,29 @@ def test_the_check_before_a_run(
     assert error > 0.1, "one example over the whole row"
 
 
+def test_gradients_that_are_not_finite_are_wrong(varlen: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = packed_attention.varlen_attn
+
+    def spoilt(*args: Any, **options: Any) -> Any:
+        out = right(*args, **options)
+        out.register_hook(lambda gradient: gradient * float("nan"))
+        return out
+
+    monkeypatch.setattr(packed_attention, "varlen_attn", spoilt)
+    assert kernel_error(VARLEN, CPU, heads(4, 4), torch.float32) == float("inf")
+
+
+def test_an_error_without_words_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any) -> float:
+        raise AssertionError
+
+    monkeypatch.setattr(packed_attention, "kernel_error", fail)
+    assert best_kernel(torch.device("cuda"), heads(4, 4), torch.bfloat16) == SPLIT
+    assert [record.getMessage()[-16:] for record in caplog.records] == ["AssertionError: "] * 2
+
+
 def test_a_device_without_kernels_splits_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA device that is not there runs neither."""
     assert best_kernel(CPU, heads(4, 4), torch.bfloat16) == SPLIT

@@ -4,10 +4,11 @@
 
 On a GPU the shape of Voxtral-Mini-3B in bfloat16, on a CPU that of bench_train_step.py in float32 and clips of the same
 shares of a chunk; random weights. Clips fill 7 or 30 of a chunk's 30 seconds. Random weights never end an answer, so
-every clip has its own limit, log-normal about four tokens a second; generate goes on until the longest answer of its
-batch has ended, ours lets an answered clip go and the next one in. Ours decodes in the cache that 32 rows of the usual
-loop take, and in several times as much. All arms must give the same tokens (float32) or as many (bfloat16, where ties
-fall either way). RTFx is seconds of audio over wall seconds, log-mel not counted; rounds alternate between the arms.
+every clip has its own limit, log-normal about four tokens a second. Both take the clips in file order: generate goes on
+until the longest answer of its batch has ended, ours lets an answered clip go and the next one in. Ours decodes 32 rows
+at once like the usual loop, and several times as many. All arms must give the same tokens (float32) or as many
+(bfloat16, where ties fall either way). RTFx is seconds of audio over wall seconds, log-mel not counted; rounds alternate
+between the arms.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ CLIPS, ROUNDS = {"cuda": 512, "cpu": 64}, {"cuda": 1, "cpu": 3}
 """So many that ours can fill its largest cache twice on a GPU."""
 
 ROWS, TIMES = 32, (1, 4, 8)
-"""Clips in a batch of the usual loop; ours: the cache of so many times as many."""
+"""Clips in a batch of the usual loop; ours: so many times as many at once."""
 
 PARTS, EOS, FILLED = 3, 2, (7, 30)
 """Ours lets the next clips in when one in so many of the rows is free; ``</s>``; of a chunk's 30 seconds."""
@@ -100,30 +101,27 @@ def usual(voxtral: Any, clips: Sequence[Clip], device: torch.device) -> list[lis
     return answers
 
 
-def ours(voxtral: Any, clips: Sequence[Clip], device: torch.device, tokens: int) -> list[list[int]]:
-    """As evaluation decodes, in a cache of ``tokens`` positions, clips with long answers first."""
-    order = sorted(range(len(clips)), key=lambda number: -clips[number].limit)
-    longest = max(len(clip.prompt) + clip.limit for clip in clips)
-    size = max(1, tokens // PARTS // longest)
-    groups = [order[first : first + size] for first in range(0, len(order), size)]
-    waiting = (prompts_of([clips[number] for number in group], device) for group in groups)
+def ours(voxtral: Any, clips: Sequence[Clip], device: torch.device, rows: int) -> list[list[int]]:
+    """As evaluation decodes clips of one length: ``rows`` at once, since it does not know how long answers will be."""
+    size = max(1, rows // PARTS)
+    groups = (clips[first : first + size] for first in range(0, len(clips), size))
+    waiting = (prompts_of(group, device) for group in groups)
     answers: list[list[int]] = [[] for _ in clips]
-    for answer in decode_stream(voxtral, waiting, DecodeCaps(len(clips), tokens), eos_id=EOS):
-        answers[order[answer.number]] = answer.tokens
+    for answer in decode_stream(voxtral, waiting, DecodeCaps(rows, 1 << 60), eos_id=EOS):
+        answers[answer.number] = answer.tokens
     return answers
 
 
 def compare(voxtral: Any, clips: Sequence[Clip], seconds: float, rounds: int) -> dict[str, dict[str, float]]:
     """RTFx of each arm and its ratio to the usual one, by arm; printed."""
     device = next(voxtral.parameters()).device
-    room = ROWS * max(len(clip.prompt) + clip.limit for clip in clips)
     arms: dict[str, Callable[[], list[list[int]]]] = {
-        "generate, 32 rows": partial(usual, voxtral, clips, device)
+        f"generate, {ROWS} rows": partial(usual, voxtral, clips, device)
     }
     for times in TIMES:
-        arms[f"ours, {times} x the cache"] = partial(ours, voxtral, clips, device, times * room)
-    for arm in (usual, partial(ours, tokens=room)):
-        arm(voxtral, clips[:1], device)
+        arms[f"ours, {times * ROWS} rows"] = partial(ours, voxtral, clips, device, times * ROWS)
+    for arm in (usual, partial(ours, rows=ROWS)):
+        arm(voxtral, clips[:ROWS], device)
     expected: list[list[int]] = []
     took: dict[str, list[float]] = {name: [] for name in arms}
     for name in [*arms] * rounds:

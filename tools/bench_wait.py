@@ -94,7 +94,10 @@ def feed(data: TrainData, flops_per_s: float, steps: int) -> tuple[float, float,
     """Share of the time waited after the first steps, cores taken, examples per second."""
     counted, loader = VoxtralFlops.from_config(shape(torch.device("cuda"))), StepLoader(data, 0, 1).steps(0)
     waited, samples, began, used = 0.0, 0, 0.0, 0.0
-    for number, share in loader:
+    while True:
+        asked = time.perf_counter()
+        number, share = next(loader)
+        waited += time.perf_counter() - asked
         if number == 3:
             waited, samples, began, used = 0.0, 0, time.perf_counter(), cpu_seconds()
         micro_batches = iter(share)

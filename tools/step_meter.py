@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import pynvml
 import torch
 from train_step_arms import Arms, Levers
 from train_step_data import Lengths
@@ -59,12 +60,11 @@ def joules(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     try:
-        import pynvml
-
         pynvml.nvmlInit()
-        used: Any = pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(0))
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        used: Any = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
         return float(used) / 1000
-    except (ImportError, pynvml.NVMLError):
+    except pynvml.NVMLError:
         return None
 
 
@@ -125,6 +125,8 @@ def clips(arms: Arms, levers: Levers) -> list[dict[str, Any]]:
         for count in (8, 16, 32):
             arms.examples = [Lengths(0, 375 + 8, 46, 1, 3.0)] * count
             pulled = dataclasses.replace(levers, recompute=recompute, tokens=429 * count)
+            if recompute:  # not possible together
+                pulled = dataclasses.replace(pulled, compiled=False)
             measured = Measured()
             try:
                 run_round(arms, pulled, measured, 1)
@@ -145,13 +147,13 @@ def clips(arms: Arms, levers: Levers) -> list[dict[str, Any]]:
 
 
 def floors(arms: Arms, useful_flops: int) -> dict[str, float]:
-    """Seconds that a step cannot go below on this device: its FLOPs, and reading the weights forward and backward.
+    """Seconds that a step cannot go below on this device: its FLOPs, and reading all weights once.
 
     At the rate of one large matrix product and the bandwidth of one large copy, both measured here.
     """
     rate = flops.measured_peak(arms.device, str(arms.device)).flops
     weights = sum(parameter.nbytes for parameter in arms.model.parameters())
-    return {"flops": useful_flops / rate, "bytes": 2 * weights / copy_bandwidth(arms.device)}
+    return {"flops": useful_flops / rate, "bytes": weights / copy_bandwidth(arms.device)}
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -176,7 +178,11 @@ def memory_by_rows(arms: Arms, usual: Levers, ours: Levers, counts: Sequence[int
     held, peak = held_and_peak(arms, arms.prepare(ours))
     print("peak memory by the examples in a micro-batch of the usual recipe; ours over it:", flush=True)
     for arms.rows in counts:
-        theirs_held, theirs = held_and_peak(arms, arms.prepare(usual))
+        try:
+            theirs_held, theirs = held_and_peak(arms, arms.prepare(usual))
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            continue
         row = {
             "rows": arms.rows,
             "usual_gib": theirs / 2**30,

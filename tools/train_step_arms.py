@@ -46,7 +46,6 @@ class Levers:
         reduce_once: one reduction of the gradients per step, else one per micro-batch.
         casting: peft casts the input of each adapter to float32.
         one_pass: a layer and its adapter are one operation, see voxtral_dist.lora_linear; else peft's own.
-        encoder_autocast: the encoder runs inside autocast, which computes its layer norms in float32.
         compiled: decoder and encoder layers are compiled.
         cached: the encoder's states are read from files, as with --encoder_cache from the second epoch on.
         fused: AdamW in one kernel.
@@ -63,7 +62,6 @@ class Levers:
     reduce_once: bool = False
     casting: bool = True
     one_pass: bool = False
-    encoder_autocast: bool = True
     compiled: bool = False
     cached: bool = False
     fused: bool = False
@@ -228,11 +226,7 @@ class Arms:
 
     def _hidden(self, batch: MicroBatch, mask: Any) -> torch.Tensor:
         levers, language_model = self.levers, self.voxtral.model.language_model
-        outside = contextlib.nullcontext()
-        if not levers.encoder_autocast:
-            outside = torch.autocast(self.device.type, enabled=False)
-        with outside:
-            states = batch.encoded if batch.audio is None else self._encode(batch.audio)
+        states = batch.encoded if batch.audio is None else self._encode(batch.audio)
         embeds = self.voxtral.get_input_embeddings()(batch.input_ids)
         if states is not None:
             flat = states.view(-1, self.config.audio_config.intermediate_size)

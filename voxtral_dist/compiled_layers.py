@@ -39,11 +39,11 @@ class CompiledLayers:
 
 
 def _try(device: torch.device) -> None:
-    """Compile something small, so that a missing compiler is found before a model is loaded for nothing."""
+    """Compile something small, so that a missing compiler is found before the first step."""
     try:
         torch.compile(lambda x: x.sin() + 1, dynamic=True)(torch.ones(8, device=device))
     except Exception as failure:
-        reason = str(failure).strip().splitlines()[0]
+        reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
         raise UserError(
             f"--torch_compile does not work here: {reason}; leave it out, or install what is missing: a C++ compiler "
             "on a CPU, triton on a GPU"

@@ -200,6 +200,7 @@ class TrainConfig(DataConfig):
     def validate(self) -> None:
         super().validate()
         self._check_tune()
+        self._check_length()
         self._check_data()
         for name in ("model_id", "output_dir"):
             _required(self, name)
@@ -241,7 +242,13 @@ class TrainConfig(DataConfig):
             )
         if not 0.0 <= self.max_overlong_rate <= 1.0:
             raise UserError(f"--max_overlong_rate {self.max_overlong_rate} is not in [0, 1]")
-        if self.max_steps == 0 and not (math.isfinite(self.epochs) and self.epochs > 0):
+
+    def _check_length(self) -> None:
+        if not math.isfinite(self.epochs):
+            raise UserError(
+                f"--epochs {self.epochs} is no number of passes; give a positive one or --max_steps alone"
+            )
+        if self.max_steps == 0 and self.epochs <= 0:
             raise UserError(
                 f"--epochs {self.epochs} leaves nothing to train; give a positive number or --max_steps"
             )

@@ -2,10 +2,10 @@
 
     DIR/<fingerprint of the encoder>/<two digits>/<hash of the audio file's bytes>.safetensors
 
-The fingerprint covers weights, sizes, type and the versions that compute, so that another encoder never meets these
-files. What is read is bit for bit what was written. The ranks of a machine share the folder; all its files together
-stay within the bound, and once it is full nothing more is added: every epoch reads everything, so that replacing one
-file by another would only cost writes. A file that is damaged is removed, and its audio encoded again.
+The fingerprint covers weights, sizes, type, and the versions and settings that compute, so that another encoder never
+meets these files. What is read is bit for bit what was written. The ranks of a machine share the folder; all its files
+together stay within the bound, and once it is full nothing more is added: every epoch reads everything, so that
+replacing one file by another would only cost writes. A file that is damaged is removed, and its audio encoded again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,22 +32,23 @@ log = get_logger(__name__)
 GB = 10**9
 
 COUNTED_AGAIN = 64
-"""Files that a rank adds before it counts what the others have added."""
+"""Files that a rank adds before it counts what the others have added; near the bound it counts for every file."""
 
 WAITING = 64
 """Files that may wait to be written; more are left to the next epoch."""
 
 
-def fingerprint(tower: torch.nn.Module, config: Any) -> str:
+def fingerprint(tower: torch.nn.Module, config: Any, settings: Mapping[str, Any]) -> str:
     """SHA-256, hex, of what decides an encoder's states.
 
     Args:
         tower: the audio encoder.
         config: its ``VoxtralEncoderConfig``.
+        settings: what else rounds them one way or another, such as the kind of device.
     """
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "log_mel": 1}
     sizes = {name: getattr(config, name) for name in ("hidden_size", "num_attention_heads", "num_mel_bins")}
-    found = hashlib.sha256(json.dumps(versions | sizes, sort_keys=True).encode())
+    found = hashlib.sha256(json.dumps(versions | sizes | dict(settings), sort_keys=True).encode())
     for name, tensor in sorted(tower.state_dict().items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -66,13 +67,15 @@ class EncoderCache:
         folder: ``--encoder_cache``.
         bound: most bytes of all files in it, those of other encoders included.
         encoder: its :func:`fingerprint`.
+        writers: processes that add to the folder, this one included.
 
     Raises:
         UserError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, bound: int, encoder: str) -> None:
+    def __init__(self, folder: Path, bound: int, encoder: str, writers: int = 1) -> None:
         self.folder, self.bound, self._own = folder, bound, folder / encoder
+        self._writers = writers
         try:
             self._own.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -126,9 +129,11 @@ class EncoderCache:
         data, path = save({"states": states.contiguous()}), self._path(key)
         if self._full or path.exists():
             return
-        if self._added % COUNTED_AGAIN == COUNTED_AGAIN - 1:
+        all_at_once = self._writers * len(data)
+        near = self._bytes + COUNTED_AGAIN * all_at_once > self.bound
+        if near or self._added % COUNTED_AGAIN == COUNTED_AGAIN - 1:
             self._bytes = self._count()
-        if self._bytes + len(data) > self.bound:
+        if self._bytes + all_at_once > self.bound:
             self._stop(f"holds {self._bytes / GB:.1f} GB, all that --encoder_cache_gb allows")
             return
         try:

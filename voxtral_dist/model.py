@@ -240,17 +240,20 @@ def embed(
         return embeds
     projector = voxtral.model.multi_modal_projector
     flat = states.reshape(-1, voxtral.config.audio_config.intermediate_size)
-    projected = projector(flat.to(projector.linear_1.weight.dtype)).to(embeds.dtype)
+    projected = projector(flat).to(embeds.dtype)
     if len(projected) != len(audio_index):
         raise ValueError(f"{len(audio_index)} [AUDIO] slots for {len(projected)} audio embeddings")
     return embeds.reshape(-1, embeds.shape[-1]).index_copy(0, audio_index, projected).view_as(embeds)
 
 
 def encode_audio(voxtral: Any, audio: torch.Tensor, *, encoder_trains: bool = False) -> torch.Tensor:
-    """The encoder's states [C, encoder positions, encoder width] of log-mel chunks [C, mel bins, frames]."""
+    """The encoder's states [C, encoder positions, encoder width] of log-mel chunks [C, mel bins, frames].
+
+    In the projector's type: under autocast the encoder's last norm gives float32 on CUDA.
+    """
     with nullcontext() if encoder_trains else torch.no_grad():
         states: torch.Tensor = voxtral.model.audio_tower(audio).last_hidden_state
-    return states
+    return states.to(voxtral.model.multi_modal_projector.linear_1.weight.dtype)
 
 
 def checkpoint_layers(voxtral: Any) -> None:

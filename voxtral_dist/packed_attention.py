@@ -9,6 +9,7 @@ one of these, a small row goes through it and the mask. Elsewhere each example a
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -201,9 +202,8 @@ def kernel_is_right(kernel: str, device: torch.device, text_config: Any, dtype: 
     try:
         error = kernel_error(kernel, device, text_config, dtype)
     except Exception as failure:  # a compiler that is missing, a shape that is not supported
-        log.warning(
-            "packed rows do without %s, it does not run here: %s", kernel, str(failure).splitlines()[0]
-        )
+        reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
+        log.warning("packed rows do without %s, it does not run here: %s", kernel, reason)
         return False
     if error > TOLERANCE[dtype]:
         log.warning("packed rows do without %s, it is off by %.1e of the largest value", kernel, error)
@@ -239,7 +239,8 @@ def kernel_error(
         got.float().square().sum().backward()
         expected.square().sum().backward()
         pairs += [(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True)]
-    return max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in pairs)
+    errors = [float((a.float() - b).abs().max() / b.abs().max()) for a, b in pairs]
+    return max(errors) if all(map(math.isfinite, errors)) else math.inf
 
 
 def _attend(kernel: str, values: list[torch.Tensor], positions: torch.Tensor, scaling: float) -> torch.Tensor:

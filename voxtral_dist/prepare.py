@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from voxtral_dist import adapter, checkpoint, model, run_dir
+from voxtral_dist import adapter, checkpoint, distributed, model, run_dir
 from voxtral_dist.adapter import LoraSettings
 from voxtral_dist.audio import AudioSpec
 from voxtral_dist.collator import Collator
@@ -202,8 +202,12 @@ def open_encoder_cache(
     if not config.encoder_cache:
         return None
     tower = training.voxtral.model.audio_tower
+    how = {"tf32": config.tf32, "torch_compile": config.torch_compile, "device": training.voxtral.device.type}
     cache = EncoderCache(
-        Path(config.encoder_cache), int(config.encoder_cache_gb * GB), fingerprint(tower, tower.config)
+        Path(config.encoder_cache),
+        int(config.encoder_cache_gb * GB),
+        fingerprint(tower, tower.config, how),
+        distributed.world_size(),
     )
     training.on_encoded = cache.put
     for task in tasks:

@@ -199,6 +199,7 @@ class Trainer:
         """Decode the dev data; ``best`` then names the checkpoint with the best score."""
         step = self.state.step
         self._check_run_dir()
+        self.engine.model.eval()  # the model around the one that decodes: it also switches compiled layers off
         metrics = self.evaluate(step)
         self.metrics.restart_clock()
         score = distributed.broadcast_json(metrics and score_of(metrics, self.config.best_metric))

@@ -7,8 +7,8 @@ shares of a chunk; random weights. Clips fill 7 or 30 of a chunk's 30 seconds. R
 every clip has its own limit, log-normal about four tokens a second. Both take the clips in file order: generate goes on
 until the longest answer of its batch has ended, ours lets an answered clip go and the next one in. Ours decodes 32 rows
 at once like the usual loop, and several times as many. All arms must give the same tokens (float32) or as many
-(bfloat16, where ties fall either way). RTFx is seconds of audio over wall seconds, log-mel not counted; rounds alternate
-between the arms.
+(bfloat16, where ties fall either way). RTFx is seconds of audio over wall seconds, log-mel not counted; rounds
+alternate between the arms.
 """
 
 from __future__ import annotations

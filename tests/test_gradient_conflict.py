@@ -16,7 +16,8 @@ from voxtral_dist import distributed
 from voxtral_dist import model as modeling
 from voxtral_dist.audio import AudioSpec
 from voxtral_dist.collator import Collator
-from voxtral_dist.config import TrainConfig, parse
+from voxtral_dist.command_line import parse
+from voxtral_dist.config import TrainConfig
 from voxtral_dist.ds_config import EngineSettings
 from voxtral_dist.engine import TrainEngine
 from voxtral_dist.errors import UserError

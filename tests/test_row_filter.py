@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_packing import asr_rows, child_env, files_of, tqa_rows, write_jsonl
 
-from voxtral_dist.config import TrainConfig, parse
+from voxtral_dist.command_line import parse
+from voxtral_dist.config import TrainConfig
 from voxtral_dist.errors import UserError
 from voxtral_dist.packing import pack
 from voxtral_dist.row_filter import FILTER_FIELDS, RowFilter

@@ -16,7 +16,7 @@ from test_engine import digest, make_collator, moments
 from test_gradient import SMOOTHING, SPLITS, make_examples, relative_errors
 from test_model import LORA, base, stock_logits, tuned
 
-from voxtral_dist import adapter, checkpoint, config, full_tuning, optimizer_state, prepare
+from voxtral_dist import adapter, checkpoint, command_line, full_tuning, optimizer_state, prepare
 from voxtral_dist import model as modeling
 from voxtral_dist.batch import DecodeCaps, MicroBatch
 from voxtral_dist.collator import Collator
@@ -342,7 +342,7 @@ def test_identity_covers_the_form(tiny_model: Path, tmp_path: Path, name: str) -
 def test_contradicting_flags_are_refused(flags: str) -> None:
     needed = "--model_id m --output_dir o --train_shards s".split()
     with pytest.raises(UserError, match=flags.split(maxsplit=1)[0]):
-        config.parse(TrainConfig, [*needed, *flags.split()], "train.py")
+        command_line.parse(TrainConfig, [*needed, *flags.split()], "train.py")
 
 
 # 4 bits

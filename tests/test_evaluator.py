@@ -17,7 +17,7 @@ import torch
 from demo_runs import Demo
 from harness import ROOT, free_port, load_script, run_ranks
 
-from voxtral_dist import adapter, config, evaluator
+from voxtral_dist import adapter, command_line, evaluator
 from voxtral_dist import model as modeling
 from voxtral_dist.adapter import LoraSettings
 from voxtral_dist.audio import AudioSpec
@@ -415,15 +415,15 @@ def test_an_evaluation_on_other_prompts_than_the_training_is_refused(tmp_path: P
     (tmp_path / "config.yaml").write_text("model_id: m\nsqa_question: spoken\n")
     flags = ["--lora_dir", str(tmp_path), "--val_shards", "a"]
     with pytest.raises(UserError, match="give --sqa_question spoken"):
-        with_run_settings(config.parse(EvalConfig, flags, "evaluate.py"))
-    same = config.parse(EvalConfig, [*flags, "--sqa_question", "spoken"], "evaluate.py")
+        with_run_settings(command_line.parse(EvalConfig, flags, "evaluate.py"))
+    same = command_line.parse(EvalConfig, [*flags, "--sqa_question", "spoken"], "evaluate.py")
     assert with_run_settings(same).model_id == "m"
 
 
 def test_an_evaluation_takes_length_and_4_bits_from_the_run(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model_id: m\nmax_len: 96\nload_in_4bit: true\nseed: 5\n")
     flags = ["--lora_dir", str(tmp_path), "--val_shards", "a"]
-    found = with_run_settings(config.parse(EvalConfig, flags, "evaluate.py"))
+    found = with_run_settings(command_line.parse(EvalConfig, flags, "evaluate.py"))
     assert (found.model_id, found.max_len, found.load_in_4bit, found.seed) == ("m", 96, True, 0)
-    found = with_run_settings(config.parse(EvalConfig, [*flags, "--max_len", "64"], "evaluate.py"))
+    found = with_run_settings(command_line.parse(EvalConfig, [*flags, "--max_len", "64"], "evaluate.py"))
     assert (found.model_id, found.max_len) == ("m", 64)

@@ -17,7 +17,7 @@ from harness import free_port, load_script
 from test_decode_share import folders, whole  # noqa: F401 - fixtures
 from test_evaluator import MAX_LEN, with_adapter
 
-from voxtral_dist import adapter, config
+from voxtral_dist import adapter, command_line
 from voxtral_dist.config import EvalConfig
 from voxtral_dist.distributed import World
 from voxtral_dist.errors import UserError
@@ -133,4 +133,4 @@ def test_an_unreadable_file_is_a_line_with_its_error(
 )
 def test_flags_that_contradict_each_other(flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        config.parse(EvalConfig, ["--model_id", "m", *flags], "evaluate.py")
+        command_line.parse(EvalConfig, ["--model_id", "m", *flags], "evaluate.py")

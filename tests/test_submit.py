@@ -21,7 +21,7 @@ import yaml
 from demo_runs import TASKS, Demo
 from harness import ROOT, load_script
 
-from voxtral_dist import config as settings
+from voxtral_dist import command_line
 from voxtral_dist.config import EvalConfig, TrainConfig
 from voxtral_dist.errors import UserError
 
@@ -146,11 +146,11 @@ def test_a_later_edit_changes_no_submitted_job(
     for name in ("run.yaml", "stages.yaml", "zero.json"):
         Path(name).write_text("{}")
     one = work / "run/slurm/1"
-    config = settings.parse(TrainConfig, ["--config", str(one / "train.yaml")], "train.py")
+    config = command_line.parse(TrainConfig, ["--config", str(one / "train.yaml")], "train.py")
     assert (config.max_len, config.output_dir) == (128, "run")
     assert Path(config.stages).read_text() == (ROOT / "launch/stages.example.yaml").read_text()
     assert Path(config.ds_config).read_text() == (ROOT / "ds_configs/zero2.json").read_text()
-    scored = settings.parse(EvalConfig, ["--config", str(one / "evaluate.yaml")], "evaluate.py")
+    scored = command_line.parse(EvalConfig, ["--config", str(one / "evaluate.yaml")], "evaluate.py")
     assert scored.val_shards == ",".join(f"{work}/run/shards/{task}/dev" for task in TASKS), (
         "what the build packs"
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from demo_runs import Demo, Process, read, steps
+from demo_runs import Demo, Process, read, started, steps
 from harness import ROOT
 from safetensors.torch import load_file
 from test_plan_batches import plan_batches
@@ -156,6 +156,27 @@ def test_a_signal_while_it_starts(start: Start, demo: Demo, tmp_path: Path, laun
         assert read(run / "exit_status.json") == {"exit_code": 75, "message": message}
         assert job.text.count(f"error: {message}") == 1
         assert job.text.count("Traceback (most recent") == (launcher == "torchrun"), "torchrun shows its own"
+
+
+STOPPED_AT_THE_PLAN = """
+import os, signal, sys
+sys.path.insert(0, "launch")
+import train
+from voxtral_dist import dry_run
+
+dry_run.plan_lines = lambda *args: [str(os.kill(os.getpid(), signal.SIGTERM))]
+train.main()
+"""
+
+
+def test_whoever_sees_the_plan_finds_how_it_ended(demo: Demo, tmp_path: Path) -> None:
+    """However soon the signal comes: the run directory is there before the plan is shown."""
+    run = tmp_path / "run"
+    with started(
+        [Process([sys.executable, "-c", STOPPED_AT_THE_PLAN, *demo.flags(run)], tmp_path / "log")]
+    ) as jobs:
+        assert jobs[0].end() == 75, jobs[0].text
+    assert read(run / "exit_status.json")["exit_code"] == 75
 
 
 def command_of(pid: int) -> str:

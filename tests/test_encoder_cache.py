@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from demo_runs import Demo, alone, losses
+from harness import run_ranks
 from safetensors.torch import save
 from test_model import tuned, watched
 
-from voxtral_dist import encoder_cache
+from voxtral_dist import distributed, encoder_cache
 from voxtral_dist import model as modeling
 from voxtral_dist.audio import AudioSpec
 from voxtral_dist.batch import MicroBatch
@@ -138,6 +140,18 @@ def test_files_of_other_ranks_count(tmp_path: Path) -> None:
     for cache in caches:
         cache.close()
     assert 6 <= len(list(tmp_path.rglob("*.safetensors"))) <= 10
+
+
+def count_ranks(rank: int) -> list[int]:
+    """As a rank of two, on one machine and then on a machine each."""
+    found = [distributed.ranks_here()]
+    with patch("socket.gethostname", lambda: f"node-{rank}"):
+        return [*found, distributed.ranks_here()]
+
+
+def test_the_bound_is_shared_by_the_ranks_of_a_machine() -> None:
+    assert run_ranks(count_ranks, 2) == [[2, 1], [2, 1]]
+    assert distributed.ranks_here() == 1
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 300])

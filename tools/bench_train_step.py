@@ -6,9 +6,9 @@
     python tools/bench_train_step.py --rounds 1 --steps 2 --minutes 7     on a GPU that is lent for ten minutes
 
 The weights are random and the model is made on the device, so nothing is downloaded. Every arm trains on the same
-examples (see train_step_data.py for their lengths); rounds alternate between the arms after a warm-up and the fastest
-of an arm counts, because what else a machine does only adds to it. Before that the gradients of neighbouring arms are
-compared, without dropout. Useful FLOPs are those of voxtral_dist/flops.py: nothing for padding and nothing twice.
+examples (see train_step_data.py for their lengths); rounds alternate between the arms after a warm-up and the median
+of the rounds counts, for the speed that of the ratios within a round. Before that the gradients of neighbouring arms
+are compared, without dropout. Useful FLOPs are those of voxtral_dist/flops.py: nothing for padding and nothing twice.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import math
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -118,12 +119,12 @@ def rows_of(
     first = next(iter(results.values()))
     rows = []
     for name, measured in results.items():
-        seconds = min(measured.seconds)
+        seconds = statistics.median(measured.seconds)
         ratios = [a / b for a, b in zip(first.seconds, measured.seconds, strict=False)]
         rows.append(
             {
                 "arm": name,
-                "speed": min(first.seconds) / seconds,
+                "speed": statistics.median(ratios),
                 "speed_quartiles": np.quantile(ratios, (0.25, 0.75)).tolist(),
                 "samples_per_s": facts["samples"] / seconds,
                 "tokens_per_s": facts["tokens"] / seconds,

@@ -140,6 +140,13 @@ def world_size() -> int:
     return int(dist.get_world_size()) if dist.is_initialized() else 1
 
 
+def ranks_here() -> int:
+    """Number of ranks of the open group on this machine. Collective."""
+    here = socket.gethostname()
+    hosts: list[str] = broadcast_json(gather_json(here))
+    return hosts.count(here)
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():

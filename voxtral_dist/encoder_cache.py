@@ -67,7 +67,7 @@ class EncoderCache:
         folder: ``--encoder_cache``.
         bound: most bytes of all files in it, those of other encoders included.
         encoder: its :func:`fingerprint`.
-        writers: processes that add to the folder, this one included.
+        writers: processes of this machine that add to the folder, this one included.
 
     Raises:
         UserError: the folder cannot be written.

@@ -198,7 +198,10 @@ def training_model(config: TrainConfig, device: torch.device, num_tasks: int) ->
 def open_encoder_cache(
     config: TrainConfig, training: model.TrainingModel, tasks: Sequence[TaskData]
 ) -> EncoderCache | None:
-    """Let training data read the encoder's states from ``--encoder_cache``, and the model add to it; None without."""
+    """Let training data read the encoder's states from ``--encoder_cache``, and the model add to it; None without.
+
+    Collective.
+    """
     if not config.encoder_cache:
         return None
     tower = training.voxtral.model.audio_tower
@@ -207,7 +210,7 @@ def open_encoder_cache(
         Path(config.encoder_cache),
         int(config.encoder_cache_gb * GB),
         fingerprint(tower, tower.config, how),
-        distributed.world_size(),
+        distributed.ranks_here(),
     )
     training.on_encoded = cache.put
     for task in tasks:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -119,14 +120,12 @@ def test_twenty_kills_then_the_same_bytes(corpus: Path, expected: dict[str, byte
 def processes_of(folder: Path) -> list[str]:
     """Workers of builds that run now and have a file of ``folder`` open."""
     found = []
-    for entry in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            target = os.readlink(entry)
-        except OSError:
-            continue
-        if target.startswith(str(folder)):
-            found.append(target)
-    return found
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            for entry in (process / "fd").iterdir():
+                with suppress(OSError):  # it has closed the file
+                    found.append(os.readlink(entry))
+    return [target for target in found if target.startswith(str(folder))]
 
 
 def test_killed_build_leaves_no_workers(tmp_path: Path) -> None:

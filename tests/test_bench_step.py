@@ -54,7 +54,7 @@ def test_every_lever_keeps_the_gradient(found: dict[str, Any], capsys: pytest.Ca
     arms = {row["arm"]: row for row in found["arms"]}
     errors = {name: row["gradient_error"] for name, row in arms.items()}
     assert errors.pop("usual") is None and errors.pop("summed loss") > 1e-3
-    assert len(errors) == 12 and max(errors.values()) < 1e-5, errors
+    assert len(errors) == 13 and max(errors.values()) < 1e-5, errors
     assert arms["usual"]["speed"] == 1.0 and all(row["mfu"] > 0 for row in arms.values())
     fastest = max(row["tokens_per_s"] for row in found["arms"])
     assert all(seconds < found["tokens"] / fastest for seconds in found["floor_seconds"].values())

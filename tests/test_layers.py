@@ -21,8 +21,8 @@ LAYERS = {
     "foreign verify_tar verify data_stats jsonl jsonl_check row_filter pack_plan packing arm_flags audio_file "
     "audio tokenizer lengths mix stages plan plan_history schedule shares audit micro_batches collator task_data "
     "data step_loader eval_data pauses mpeg recordings predict_rows predict_data dev_sound",
-    "2 model": "packed_attention ds_config compiled_layers model full_tuning lora_linear adapter step_memory "
-    "memory step_sums health train_state step_metrics engine optimizer_state checkpoint saver "
+    "2 model": "packed_attention ds_config compiled_layers last_layer model full_tuning lora_linear adapter "
+    "step_memory memory step_sums health train_state step_metrics engine optimizer_state checkpoint saver "
     "monitor gpu_meter decode prediction_parts decode_share run_dir resume mistral_names "
     "export_file export_weights export_source export_models export_adapters",
     "2 results": "report predictions figures charts row_charts page run_record run_charts run_facts run_report "

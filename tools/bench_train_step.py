@@ -61,6 +61,7 @@ def ladder(device: torch.device) -> dict[str, Levers]:
         ("usual", {}),
         ("encoder without graph", {"encoder_graph": False}),
         ("head on labels alone", {"label_head": True}),
+        ("last MLP on labels alone", {"last_layer": True}),
         ("no mask", {"mask": False}),
         ("summed loss", {"summed": True}),
         ("by length", {"tokens": many}),

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from peft.tuners.lora.layer import Linear
 from train_step_data import PAD, Lengths, collate
 
+from voxtral_dist import last_layer
 from voxtral_dist import model as ours
 from voxtral_dist.batch import MicroBatch
 from voxtral_dist.encoder_cache import EncoderCache
@@ -37,6 +38,7 @@ class Levers:
     Attributes:
         encoder_graph: the frozen encoder runs under autograd.
         label_head: the head runs on label positions alone, else on all.
+        last_layer: so does the MLP of the last layer, see voxtral_dist.last_layer; with ``label_head`` alone.
         mask: rows padded on the right get an attention mask, which the causal kernel does not take.
         tokens: examples of like length go together, up to so many positions; 0: so many in random order.
         overhead: fixed cost of a micro-batch in positions, when they are cut.
@@ -53,6 +55,7 @@ class Levers:
 
     encoder_graph: bool = True
     label_head: bool = False
+    last_layer: bool = False
     mask: bool = True
     tokens: int = 0
     overhead: int = OVERHEAD["cpu"]
@@ -88,6 +91,7 @@ class Arms:
 
     def __init__(self, peft_model: Any, examples: Sequence[Lengths], rows: int) -> None:
         self.model, self.voxtral = peft_model, ours.unwrap(peft_model)
+        last_layer.install(self.voxtral)
         self.config, self.device = self.voxtral.config, next(peft_model.parameters()).device
         self.params = [p for p in peft_model.parameters() if p.requires_grad]
         self.bf16 = self.voxtral.lm_head.weight.dtype is torch.bfloat16
@@ -213,7 +217,8 @@ class Arms:
         hidden = self._hidden(batch, attend)
         states = hidden.reshape(-1, hidden.shape[-1])
         if levers.label_head:
-            return head_nll(self.voxtral.lm_head, states[batch.label_index], batch.labels, 0.0).sum()
+            states = states if levers.last_layer else states[batch.label_index]
+            return head_nll(self.voxtral.lm_head, states, batch.labels, 0.0).sum()
         labels = torch.full((len(states),), -100, device=self.device)
         labels[batch.label_index] = batch.labels
         logits = self.voxtral.lm_head(states).float()
@@ -236,6 +241,8 @@ class Arms:
         if levers.compiled:  # or the first layer, whose input needs no gradient, is compiled a second time
             embeds.requires_grad_()
         options: dict[str, Any] = {"attention_mask": mask, "position_ids": batch.position_ids}
+        if levers.last_layer:
+            options["read"] = batch.label_index
         with self._attention(batch, options):
             return language_model(inputs_embeds=embeds, use_cache=False, **options).last_hidden_state
 

@@ -31,11 +31,12 @@ class VoxtralFlops:
     """FLOPs of the forward pass through each part of a Voxtral.
 
     Attributes:
-        token: one position through the language model's layers, without attention between positions.
+        token: one position through the language model's layers, without the last MLP and attention between positions.
         squared_token: causal attention over an example, per squared number of its positions.
         chunk: one audio chunk through the encoder.
         projector: one audio chunk through the projector.
         label: one label position through the head.
+        last_mlp: one label position through the MLP of the last layer, which no other needs.
     """
 
     token: int
@@ -43,6 +44,7 @@ class VoxtralFlops:
     chunk: int
     projector: int
     label: int
+    last_mlp: int
 
     @classmethod
     def from_config(cls, config: Any) -> VoxtralFlops:
@@ -55,7 +57,8 @@ class VoxtralFlops:
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         width = text.num_attention_heads * head
         projections = 2 * text.hidden_size * head * (text.num_attention_heads + text.num_key_value_heads)
-        body = text.num_hidden_layers * (projections + 3 * text.hidden_size * text.intermediate_size)
+        mlp = 3 * text.hidden_size * text.intermediate_size
+        body = text.num_hidden_layers * (projections + mlp) - mlp
         frames, d, f = audio.max_source_positions, audio.hidden_size, audio.intermediate_size
         convolutions = 2 * 3 * frames * (2 * audio.num_mel_bins * d + d * d)
         layers = audio.num_hidden_layers * (frames * (8 * d * d + 4 * d * f) + 4 * frames * frames * d)
@@ -65,6 +68,7 @@ class VoxtralFlops:
             chunk=convolutions + layers,
             projector=2 * (frames * d // f) * text.hidden_size * (f + text.hidden_size),
             label=2 * text.hidden_size * text.vocab_size,
+            last_mlp=2 * mlp,
         )
 
     def training(
@@ -86,19 +90,20 @@ class VoxtralFlops:
             positions: int64 [n], language-model positions of each example.
             chunks: int64 [n], its audio chunks.
             labels: int64 [n], its label positions.
-            lora_parameters: parameters of the adapter; each takes 6 FLOPs a position.
+            lora_parameters: parameters of the adapter; each takes 6 FLOPs a position (those of the last MLP less).
             language_model_trains: the weights of its layers are trained themselves.
             encoder_trains: the encoder is trained too, else it has no backward pass.
         """
         total = sum(map(int, positions))
         squared = sum(int(n) * int(n) for n in positions)
-        token = self.token * (3 if language_model_trains else 2) + 6 * lora_parameters
+        passes = 3 if language_model_trains else 2
+        token = self.token * passes + 6 * lora_parameters
         encoder = self.chunk * (3 if encoder_trains else 1)
         return (
             total * token
             + squared * 3 * self.squared_token
             + int(chunks.sum()) * (encoder + 2 * self.projector)
-            + int(labels.sum()) * 2 * self.label
+            + int(labels.sum()) * (2 * self.label + passes * self.last_mlp)
         )
 
 

@@ -61,6 +61,21 @@ def _adapted(
     return out.view(*x.shape[:-1], -1)
 
 
+def _drop(x: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Dropout of ``x``, the mask of what is kept, and the share that is kept on average.
+
+    A CPU takes four values' chances from one random number, 16 bits each, which is several times as fast as one number
+    a value; p is rounded to that grid.
+    """
+    if x.device.type != "cpu":
+        return *torch.native_dropout(x, p, True), 1 - p
+    size, dropped = x.numel(), round(p * 2**16)
+    numbers = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None)
+    mask = numbers.view(torch.int16)[:size].view(x.shape) >= dropped - 2**15
+    kept = 1 - dropped / 2**16
+    return (x * mask).div_(kept), mask, kept
+
+
 class _Adapted(torch.autograd.Function):
     """``x`` [T, in], ``weight`` [out, in] frozen, ``a`` [r, in], ``b`` [out, r], all of one type, to [T, out]."""
 
@@ -74,10 +89,10 @@ class _Adapted(torch.autograd.Function):
         scaling: float,
         dropout: float,
     ) -> torch.Tensor:
-        dropped, mask = torch.native_dropout(x, dropout, True) if dropout else (x, None)
+        dropped, mask, kept = _drop(x, dropout) if dropout else (x, None, 1.0)
         low = dropped @ a.t()
         ctx.save_for_backward(x, mask, low, weight, a, b)
-        ctx.scaling, ctx.kept = scaling, 1 - dropout
+        ctx.scaling, ctx.kept = scaling, kept
         return (x @ weight.t()).addmm_(low, b.t(), alpha=scaling)
 
     @staticmethod

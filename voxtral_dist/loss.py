@@ -6,9 +6,10 @@ the collator pairs each label with the position that predicts it.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
@@ -40,7 +41,10 @@ def smoothed_nll(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -
 def head_nll(
     head: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor, smoothing: float
 ) -> torch.Tensor:
-    """Loss of each label position, the logits made in chunks and made again in the backward pass.
+    """Loss of each label position, the logits made in chunks that do not outlive their turn.
+
+    Below a frozen head the gradient is taken in that turn too; below one that trains, the backward pass makes the
+    logits again.
 
     Args:
         head: maps [p, hidden size] to [p, vocabulary].
@@ -51,6 +55,9 @@ def head_nll(
     Returns:
         float32 [P].
     """
+    if hidden.requires_grad and not any(p.requires_grad for p in head.parameters()):
+        nll: torch.Tensor = _FrozenHead.apply(hidden, labels, head, smoothing)
+        return nll
 
     def chunk_nll(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return smoothed_nll(head(states), targets, smoothing)
@@ -63,3 +70,31 @@ def head_nll(
         for states, targets in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK), strict=True)
     ]
     return torch.cat(parts)
+
+
+class _FrozenHead(torch.autograd.Function):
+    """:func:`head_nll` with the gradient of each chunk's states taken while its logits are there.
+
+    The loss of a position depends on its own state alone, so what comes from above scales that state's gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: torch.nn.Module, smoothing: float
+    ) -> torch.Tensor:
+        nll, gradients = [], []
+        for states, targets in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK), strict=True):
+            with torch.enable_grad():
+                leaf = states.detach().requires_grad_()
+                part = smoothed_nll(head(leaf), targets, smoothing)
+                part.sum().backward()
+            gradients.append(leaf.grad)
+            nll.append(part.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(nll)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, above: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * above[:, None]).to(gradient.dtype), None, None, None

@@ -1,8 +1,8 @@
 """Voxtral for training and decoding: loading, and the forward pass that computes only what the loss needs.
 
 A forward pass of ours differs from the stock one in four ways. The frozen audio encoder runs in eval mode without a
-graph, always on full chunks. Audio embeddings go to precomputed positions. The head runs on label positions alone.
-The loss is a sum, per task, so that the step can be normalised over all ranks.
+graph, always on full chunks. Audio embeddings go to precomputed positions. The last layer's MLP and the head run on
+label positions alone. The loss is a sum, per task, so that the step can be normalised over all ranks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 
+from voxtral_dist import last_layer
 from voxtral_dist.batch import MicroBatch
 from voxtral_dist.compiled_layers import CompiledLayers
 from voxtral_dist.errors import UserError
@@ -155,6 +156,7 @@ class TrainingModel(torch.nn.Module):
         self.model = model
         self.num_tasks = num_tasks
         self.label_smoothing = label_smoothing
+        last_layer.install(self.voxtral)
         self.encoder_trains = any(p.requires_grad for p in self.voxtral.model.audio_tower.parameters())
         self.on_encoded: Callable[[Sequence[tuple[str, int]], torch.Tensor], None] | None = None
         self._compiled: CompiledLayers | None = None
@@ -192,10 +194,13 @@ class TrainingModel(torch.nn.Module):
         kind = MASK if positions is None else self.packed_kernel
         options = {} if positions is None else packed_options(positions, kind)
         with attending(language_model, kind):
-            hidden = language_model(
-                inputs_embeds=embeds, position_ids=positions, use_cache=False, **options
+            states = language_model(
+                inputs_embeds=embeds,
+                position_ids=positions,
+                use_cache=False,
+                read=batch.label_index,
+                **options,
             ).last_hidden_state
-        states = hidden.reshape(-1, hidden.shape[-1])[batch.label_index]
         nll = head_nll(voxtral.lm_head, states, batch.labels, self.label_smoothing)
         counts = (batch.label_weight > 0).float()
         sums = torch.zeros(2, self.num_tasks, device=nll.device)

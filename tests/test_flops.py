@@ -62,8 +62,8 @@ def test_forward_of_the_released_mini_is_exact() -> None:
 
 
 def test_training_with_lora(tiny_model: Path) -> None:
-    """Forward and backward through the trained model within 3 %: what nobody needs is the gradient of the encoder's
-    output, 2.6 % in a model as small as this one."""
+    """Forward and backward through the trained model. The formula's two small generosities, together 0.2 % of a clip at
+    the released size, are taken off: the gradient of the encoder's output, and the adapters of the last MLP."""
     voxtral = modeling.load(str(tiny_model), torch.float32)
     voxtral.set_attn_implementation("eager")  # the counter does not know the CPU's fused kernel
     collator = Collator(TekkenVocabulary.load(str(tiny_model)), AudioSpec.from_config(voxtral.config))
@@ -82,13 +82,11 @@ def test_training_with_lora(tiny_model: Path) -> None:
         of(n), of(2), of(len(batch.labels)), lora_parameters=sum(lora.values()) - of_projector
     )
     again = 3 * n * n * parts.squared_token  # no causality
-    last = sum(
-        size
-        for name, size in lora.items()
-        if f"layers.{len(voxtral.model.language_model.layers) - 1}.mlp" in name
-    ) * (n - len(batch.labels))
-    of_adapter = 6 * (of_projector * len(batch.audio_index) - last)
-    assert needed + again + of_adapter == pytest.approx(total, rel=0.03)
+    slots, last = len(batch.audio_index), f"layers.{len(voxtral.model.language_model.layers) - 1}.mlp"
+    of_last = sum(size for name, size in lora.items() if last in name)
+    of_adapter = 6 * (of_projector * slots - of_last * (n - len(batch.labels)))
+    unneeded = 2 * slots * voxtral.model.multi_modal_projector.linear_1.base_layer.weight.numel()
+    assert needed + again + of_adapter - unneeded == pytest.approx(total, rel=0.002)
 
 
 def test_training_counts_each_example_by_itself() -> None:

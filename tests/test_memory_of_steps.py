@@ -10,6 +10,7 @@ import pytest
 from harness import ROOT, run_ranks
 from peft.tuners.lora.layer import Linear
 from test_gradient import LORA
+from test_last_layer import Whole
 from test_memory import storages
 from test_model import base
 from transformers import VoxtralConfig
@@ -38,8 +39,9 @@ inputs.
 """
 
 
-def use_pefts_layers(training: modeling.TrainingModel, casting: bool) -> None:
-    """What the peaks were measured with."""
+def use_layers_of_then(training: modeling.TrainingModel, casting: bool) -> None:
+    """What the peaks were measured with: peft's adapters, and the last MLP on all positions."""
+    training.voxtral.model.language_model.layers[-1].__class__ = Whole
     for module in training.modules():
         if hasattr(module, "lora_A"):
             module.cast_input_dtype_enabled = casting
@@ -52,7 +54,7 @@ def test_peaks_measured_on_a_gpu(flags: dict[str, Any], positions: int, measured
     config, mini = TrainConfig(**flags), VoxtralConfig()
     shape = Shape.worst(positions, 2048, mini, config.packed)
     training = step_memory.weightless(mini, lora_settings(config), bf16=True, grad_ckpt=config.grad_ckpt)
-    use_pefts_layers(training, casting=True)
+    use_layers_of_then(training, casting=True)
     held = memory.states(training, config, 1, bf16=True)
     passes = step_memory.trace(training, shape, bf16=True)
     assert memory.Estimate(held, passes, shape, 0).peak == pytest.approx(measured, rel=0.03)
@@ -79,7 +81,7 @@ def test_peaks_measured_after_the_estimate_was_made(clips: int, grad_ckpt: bool,
     )
     shape = Shape(1, 429 * clips, clips, 46 * clips, packed=True)
     training = step_memory.weightless(mini, lora_settings(config), bf16=True, grad_ckpt=grad_ckpt)
-    use_pefts_layers(training, casting=False)
+    use_layers_of_then(training, casting=False)
     held = memory.states(training, config, 1, bf16=True)
     passes = step_memory.trace(training, shape, bf16=True)
     assert memory.Estimate(held, passes, shape, 0).peak / 2**30 == pytest.approx(measured, rel=0.1)

@@ -26,7 +26,16 @@ from typing import Any
 import numpy as np
 import torch
 from bench_model import device_facts, random_model, shape
-from step_meter import Measured, clips, floors, keep_freed_memory, memory_by_rows, profile, run_round
+from step_meter import (
+    TRIES,
+    Measured,
+    clips,
+    floors,
+    keep_freed_memory,
+    memory_by_rows,
+    profile,
+    run_round,
+)
 from train_step_arms import Arms, Levers
 from train_step_data import Lengths, draw_lengths
 
@@ -42,16 +51,12 @@ ROWS = {"cuda": 8, "cpu": 8}
 MEMORY_ROWS = (8, 16, 32)
 """Others, whose memory is compared."""
 
-TOKENS = {"cuda": (8192, 8192), "cpu": (768, 320)}
+TOKENS = {"cuda": (8192, 8192), "cpu": (768, 384)}
 """Most positions in a micro-batch of ours, where the decoder layers are computed twice, and where they are not."""
 
 EXAMPLES, SEED = {"cuda": 64, "cpu": 32}, {"cuda": 1, "cpu": 2}
 """Examples of one optimizer step on one rank; of the first ten draws that of the CPU pads most nearly as much as 6,400
 examples do in the usual recipe, 41 %."""
-
-
-PEAKS = 10
-"""Tries to measure the peak of a device whose data sheet is not known; a busy machine is slow in some of them."""
 
 
 def ladder(device: torch.device) -> dict[str, Levers]:
@@ -174,7 +179,7 @@ def bench(
     if device.type == "cpu":
         keep_freed_memory()
     config = shape(device)
-    peak = max((flops.peak(device) for _ in range(PEAKS)), key=lambda each: each.flops)
+    peak = max((flops.peak(device) for _ in range(TRIES[device.type])), key=lambda each: each.flops)
     tokens_per_chunk = config.audio_config.max_source_positions // 4
     examples = draw_lengths(
         EXAMPLES[device.type], SEED[device.type], tokens_per_chunk, tokens_per_chunk / 12.5

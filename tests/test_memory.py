@@ -188,7 +188,7 @@ def test_live_bytes_come_and_go() -> None:
 def test_shape_of_the_flags(tiny_model: Path) -> None:
     """Rows bound the padded form, positions the packed one; one long example may exceed both."""
     config = modeling.read_config(str(tiny_model))
-    flags = TrainConfig(per_device_bsz=4, max_len=100)
+    flags = TrainConfig(per_device_bsz=4, max_len=100, packed=False)
     assert memory.largest_shape(flags, config).positions == 400
     assert memory.largest_shape(replace(flags, max_tokens_per_micro_batch=900), config).positions == 400
     packed = replace(flags, max_tokens_per_micro_batch=900, packed=True)

@@ -37,7 +37,7 @@ def test_largest_that_fits(true: int, start: int, most: int) -> None:
 
 
 def test_advice_names_what_is_in_the_way() -> None:
-    config = TrainConfig(max_len=1000, per_device_bsz=4)
+    config = TrainConfig(max_len=1000, per_device_bsz=4, packed=False)
     assert memory.advice(8000, config, "80 GB") == [
         "--max_tokens_per_micro_batch 8000 is the largest that fits into 80 GB with 8% left free",
         "--per_device_bsz 4 allows fewer rows: give 8 or more, and --global_batch_size to keep the examples per step",
@@ -91,7 +91,7 @@ def probed(flags: list[str], log: Path, ranks: int = 1, code: int = 0) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--grad_ckpt", "--packed"]], ids=["padded", "recomputed and packed"])
+@pytest.mark.parametrize("more", [["--no_packed"], ["--grad_ckpt"]], ids=["padded", "recomputed and packed"])
 def test_probe_finds_what_the_estimate_says(tiny_model: Path, tmp_path: Path, more: list[str]) -> None:
     """The same limit, once tried with the real engine on one rank and on two, once counted."""
     flags = [
@@ -111,7 +111,7 @@ def test_probe_finds_what_the_estimate_says(tiny_model: Path, tmp_path: Path, mo
         found.append(int(text.split("--max_tokens_per_micro_batch ")[1].split()[0]))
         assert "do not fit" in text and "leave" not in text
     config, options = modeling.read_config(str(tiny_model)), TrainConfig(lora_dropout=0.0)
-    options = replace(options, grad_ckpt="--grad_ckpt" in more, packed="--packed" in more)
+    options = replace(options, grad_ckpt="--grad_ckpt" in more, packed="--no_packed" not in more)
     lora = prepare.lora_settings(options)
 
     def fits(positions: int) -> bool:

@@ -74,10 +74,10 @@ def test_audit_notices(run: Path, tmp_path: Path, change: object, words: str) ->
 
 
 @pytest.mark.slow
-def test_packed_rows_train_the_same(run: Path, demo: Demo, tmp_path: Path) -> None:
-    alone(demo.flags(tmp_path / "packed", "--packed"), tmp_path / "packed")
-    assert losses(tmp_path / "packed") == pytest.approx(losses(run), rel=1e-4)
-    assert losses(tmp_path / "packed")[0] == pytest.approx(losses(run)[0], rel=1e-6)
+def test_padded_rows_train_the_same(run: Path, demo: Demo, tmp_path: Path) -> None:
+    alone(demo.flags(tmp_path / "padded", "--no_packed"), tmp_path / "padded")
+    assert losses(tmp_path / "padded") == pytest.approx(losses(run), rel=1e-4)
+    assert losses(tmp_path / "padded")[0] == pytest.approx(losses(run)[0], rel=1e-6)
 
 
 def test_changed_weights_need_permission_and_lose_nothing(run: Path, demo: Demo, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from voxtral_dist import checkpoint
 CURRICULUM = "text:0.25:tqa=1; listen:0.25:asr=2,tqa=1; all:0.5:1.0,1.5,1.2"
 STAGED = (
     *("--max_steps", "16", "--stages", CURRICULUM, "--rewarmup_steps", "2", "--save_steps", "1"),
-    *("--save_total_limit", "99", "--eval_steps", "0", "--val_loss_steps", "4", "--packed"),
+    *("--save_total_limit", "99", "--eval_steps", "0", "--val_loss_steps", "4"),
     *("--task_batch_sizes", "asr=2"),
 )
 

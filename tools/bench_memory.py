@@ -228,7 +228,7 @@ def measure(config: Any, meter: Meter, full: bool) -> None:
     dropout = (
         0.05 if meter.device.type == "cuda" else 0.0
     )  # a CPU keeps more for it than CUDA, which is estimated
-    flags = TrainConfig(lora_dropout=dropout)
+    flags = TrainConfig(lora_dropout=dropout, packed=False)
     weights(config, meter)
     decoding(config, meter)
     arm("lora", flags, [small, large], config, meter)

@@ -96,7 +96,8 @@ class TrainConfig(DataConfig):
         epochs: one epoch is as many draws as there are training examples in all tasks together
         max_steps: optimizer steps; 0: as --epochs says
         max_overlong_rate: share of training examples above --max_len that may be left out
-        packed: put several examples into one row instead of padding; the loss and the gradient are the same
+        packed: put several examples into one row, without padding; false: one per row, per_device_bsz rows at most;
+            the loss and the gradient are the same
         task_weights: share of examples per task, '1.0,1.5,1.2' in the order asr,sqa,tqa or 'asr=1,tqa=2';
             empty: in proportion to the number of examples
         stages: the curriculum, a YAML file or 'NAME:SHARE:WEIGHTS; ...', for example
@@ -155,7 +156,7 @@ class TrainConfig(DataConfig):
     epochs: float = 1.0
     max_steps: int = 0
     max_overlong_rate: float = 0.01
-    packed: bool = False
+    packed: bool = True
     task_weights: str = ""
     stages: str = ""
     lr_schedule: Literal["run", "stage"] = "run"

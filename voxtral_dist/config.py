@@ -30,7 +30,7 @@ class DataConfig:
         shard_cache_gb: most GB that its tars may take together
         tasks: task of each data file in order, comma separated (asr, sqa, tqa); empty: detected by the keys
         sqa_question: 'written': the question follows the audio; 'spoken': the audio is the question
-        per_device_bsz: examples per rank and micro-batch; packed rows take more of short ones, up to the positions below
+        per_device_bsz: examples per rank and micro-batch; packed rows take more short ones, up to the positions below
         max_tokens_per_micro_batch: positions of one forward pass, padding and, in decoding, the answers included;
             0: per_device_bsz x max_len
         max_len: language-model positions an example may take, audio included

@@ -220,18 +220,18 @@ def test_sigterm_saves_on_both_machines(
     start: Start, cluster: Cluster, demo: Demo, tmp_path: Path, launcher: str
 ) -> None:
     run = tmp_path / "run"
-    command = train(demo.flags(run, "--max_steps", "30", "--eval_steps", "0"))
+    command = train(demo.flags(run, "--max_steps", "90", "--eval_steps", "0"))
     about = {"HOSTFILE": str(cluster.hostfile), "LAUNCHER": launcher}
     job = start(command, **about)
     until(lambda: len(steps(run)) >= 3 or job.process.process.poll() is not None, 120)
     job.process.process.send_signal(signal.SIGTERM)
     assert job.end() == 75, job.text
     newest = checkpoint.newest_whole(run)
-    assert newest is not None and checkpoint.step_of(newest) == len(steps(run)) < 30
+    assert newest is not None and checkpoint.step_of(newest) == len(steps(run)) < 90
     assert read(run / "exit_status.json")["exit_code"] == 75
     job = start(command, **about)
     assert job.end() == 0, job.text
-    assert [line["step"] for line in steps(run)] == list(range(1, 31))
+    assert [line["step"] for line in steps(run)] == list(range(1, 91))
 
 
 VICTIMS: dict[str, Callable[[Job], int]] = {
@@ -271,7 +271,7 @@ def test_a_killed_training_goes_on(
     start: Start, cluster: Cluster, demo: Demo, tmp_path: Path, victim: str
 ) -> None:
     run = tmp_path / "run"
-    command = train(demo.flags(run, "--max_steps", "30", "--eval_steps", "0", "--save_steps", "4"))
+    command = train(demo.flags(run, "--max_steps", "90", "--eval_steps", "0", "--save_steps", "4"))
     about = {"HOSTFILE": str(cluster.hostfile), "SHUTDOWN_GRACE": "10"}
     job = start(command, **about)
     until(lambda: len(steps(run)) >= 6 or job.process.process.poll() is not None, 120)
@@ -282,7 +282,7 @@ def test_a_killed_training_goes_on(
     job = start(command, **about)
     assert job.end() == 0, job.text
     assert f"going on from {newest}" in job.text
-    assert [line["step"] for line in steps(run)] == list(range(1, 31))
+    assert [line["step"] for line in steps(run)] == list(range(1, 91))
 
 
 def test_a_machine_that_cannot_be_used_is_named(start: Start, cluster: Cluster, tmp_path: Path) -> None:
